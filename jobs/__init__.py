@@ -1,0 +1,1 @@
+"""Entry points that wire the pipeline together; nothing here is imported by the pipeline."""

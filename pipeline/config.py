@@ -1,0 +1,397 @@
+"""The configuration of a job: typed, checked, and the same keys as flags and as YAML.
+
+Not where values are used, and not where the environment is read. `jobs/encode_laion.py` parses the command line here;
+`run`, `actors`, `decode` and `codec` take the part that concerns them. Precedence: default < YAML file < flag.
+`EncodingConfig` is the part that changes output bytes: it goes into the fingerprint of the dataset, the rest does not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pipeline.errors import UsageError
+from pipeline.records import REASONS, Bucket
+
+_BUCKET = re.compile(r"(\d+)x(\d+)x(\d+)")
+FORMATS = ("parquet", "webdataset", "both")
+STORES = ("mean", "moments")
+STORE_DTYPES = ("float16", "float32")
+COMPUTE_DTYPES = ("auto", "float32", "bfloat16", "float16")
+PROGRESS = ("auto", "plain", "json")
+
+
+def parse_buckets(text: str) -> tuple[Bucket, ...]:
+    """Buckets of "256x256x17;320x192x33;512x512x1", sorted, without repeats.
+
+    Where no bucket of one frame is given, every WIDTHxHEIGHT also serves as WIDTHxHEIGHTx1 for images.
+
+    Raises:
+        UsageError: a part is not WIDTHxHEIGHTxFRAMES, a side is not a multiple of 8, frames are not 1 + 4k.
+    """
+    buckets: set[Bucket] = set()
+    for part in (p.strip() for p in text.split(";")):
+        if not part:
+            continue
+        match = _BUCKET.fullmatch(part)
+        if match is None:
+            raise UsageError(f"--buckets: {part!r} is not WIDTHxHEIGHTxFRAMES, for example 256x256x17")
+        width, height, num_frames = (int(group) for group in match.groups())
+        for name, side in (("width", width), ("height", height)):
+            if side < 8 or side % 8:
+                raise UsageError(
+                    f"--buckets: {name} {side} of {part} is not a positive multiple of 8, which the encoder's 8x8 spatial "
+                    f"compression needs; use {max(8, round(side / 8) * 8)}"
+                )
+        if num_frames < 1 or (num_frames - 1) % 4:
+            lower = max(1, 1 + 4 * ((num_frames - 1) // 4))
+            raise UsageError(
+                f"--buckets: {num_frames} frames of {part} are not 1 + 4k, which the encoder's 4x temporal compression "
+                f"needs; use {lower} or {lower + 4}"
+            )
+        buckets.add(Bucket(width_px=width, height_px=height, num_frames=num_frames))
+    if not buckets:
+        raise UsageError(f"--buckets: {text!r} names no bucket; give for example 256x256x17")
+    if all(bucket.num_frames > 1 for bucket in buckets):
+        buckets |= {Bucket(width_px=b.width_px, height_px=b.height_px, num_frames=1) for b in buckets}
+    return tuple(sorted(buckets))
+
+
+def parse_fps(text: str) -> float | None:
+    """Frames per second of the clips, or None for "native" (every frame as it comes)."""
+    if text == "native":
+        return None
+    try:
+        fps = float(text)
+    except ValueError:
+        fps = math.nan
+    if not 0 < fps <= 1000:
+        raise UsageError(f"--fps: {text!r} is neither 'native' nor a number in (0, 1000]")
+    return fps
+
+
+def _whole(name: str, lowest: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = lowest - 1
+        if value < lowest:
+            raise UsageError(f"--{name}: {text!r} is not a whole number of {lowest} or more")
+        return value
+
+    return parse
+
+
+def _number(name: str, low: float, high: float) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high:
+            raise UsageError(f"--{name}: {text!r} is not a number from {low:g} to {high:g}")
+        return value
+
+    return parse
+
+
+def _auto(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    return lambda text: None if text == "auto" else parse(text)
+
+
+def _choice(name: str, allowed: Sequence[str]) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if text not in allowed:
+            raise UsageError(f"--{name}: {text!r} is not one of {', '.join(allowed)}")
+        return text
+
+    return parse
+
+
+def _yes_no(name: str) -> Callable[[str], bool]:
+    def parse(text: str) -> bool:
+        if text.lower() not in ("true", "false"):
+            raise UsageError(f"{name}: {text!r} is neither true nor false")
+        return text.lower() == "true"
+
+    return parse
+
+
+def _reasons(text: str) -> tuple[str, ...]:
+    names = tuple(part.strip() for part in text.split(",") if part.strip())
+    unknown = [name for name in names if name not in REASONS]
+    if unknown or not names:
+        raise UsageError(
+            f"--retry-failed: {', '.join(unknown) or repr(text)} is no reason code; known: {', '.join(REASONS)}"
+        )
+    return names
+
+
+def _option(help_text: str, parse: Callable[[str], Any], default: Any = MISSING, is_switch: bool = False) -> Any:
+    metadata = {"help": help_text, "parse": parse, "is_switch": is_switch}
+    return field(default=default, metadata=metadata) if default is not MISSING else field(metadata=metadata)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SourceConfig:
+    """What is read. The slices that it leads to are written down once and never cut again."""
+
+    input: str = _option("URI of a folder, glob, table (Parquet, CSV, JSONL) or of img2dataset tars", str)
+    uri_column: str = _option("column of a table that holds the video URIs", str, "url")
+    samples_per_shard: int | None = _option(
+        "videos per slice of a table or folder; auto: 64 videos or 1000 images",
+        _auto(_whole("samples-per-shard", 1)),
+        None,
+    )
+    limit: int | None = _option("decide at most this many shards in this run", _whole("limit", 1), None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EncodingConfig:
+    """Everything chosen by the user that changes the bytes of the output."""
+
+    model: str = _option("name (small), folder or hub id of a CV-VAE", str)
+    subfolder: str | None = _option("folder inside the model's folder or hub repository", str, None)
+    revision: str | None = _option("hub revision to pin", str, None)
+    format: str = _option("parquet, webdataset or both", _choice("format", FORMATS), "parquet")
+    buckets: tuple[Bucket, ...] = _option(
+        "WIDTHxHEIGHTxFRAMES;... (sides multiples of 8, frames 1+4k)",
+        parse_buckets,
+        parse_buckets("256x256x17"),
+    )
+    fps: float | None = _option("frames per second of the clips, or native", parse_fps, 8.0)
+    clips_per_video: int | None = _option(
+        "at most this many clips of a video; auto: as many as fit", _auto(_whole("clips-per-video", 1)), None
+    )
+    clip_stride: int | None = _option(
+        "frames (at --fps) from one clip's start to the next; auto: the bucket's length",
+        _auto(_whole("clip-stride", 1)),
+        None,
+    )
+    caption_column: str = _option("column or JSON field that holds the caption", str, "caption")
+    upscale: bool = _option(
+        "enlarge pictures that are smaller than the bucket", _yes_no("upscale"), False, is_switch=True
+    )
+    store: str = _option("mean, or moments for mean and log-variance", _choice("store", STORES), "mean")
+    store_dtype: str = _option("float16 or float32", _choice("store-dtype", STORE_DTYPES), "float16")
+    compute_dtype: str = _option(
+        "auto (float32 on CPU, bfloat16 on GPU), float32, bfloat16 or float16",
+        _choice("compute-dtype", COMPUTE_DTYPES),
+        "auto",
+    )
+    batch_frames: int = _option(
+        "frames of one encoder call on a GPU at 256x256 (fewer at larger sizes); a CPU takes one clip a call",
+        _whole("batch-frames", 1),
+        136,
+    )
+    chunk_frames: int | None = _option(
+        "frames of a temporal chunk inside the VAE, multiple of 4; auto: the model's own",
+        _auto(_whole("chunk-frames", 0)),
+        None,
+    )
+    tile_px: int | None = _option(
+        "side of a spatial tile inside the VAE, 0: never tile; auto: the model's own",
+        _auto(_whole("tile-px", 0)),
+        None,
+    )
+    cpus_per_actor: int | None = _option(
+        "CPU cores of an actor and threads of its encoder; auto: 1 without a GPU, 4 with one",
+        _auto(_whole("cpus-per-actor", 1)),
+        None,
+    )
+
+    def fingerprint_fields(self, device_type: str) -> dict[str, object]:
+        """The JSON-safe part of the fingerprint that this configuration decides, resolved for "cpu" or "cuda".
+
+        The model enters by the hash of its weights, which the caller adds, not by the name it was asked for.
+        """
+        resolved: dict[str, object] = {
+            name: value for name, value in asdict(self).items() if name not in ("model", "subfolder", "revision")
+        }
+        resolved["buckets"] = [str(bucket) for bucket in self.buckets]
+        resolved["compute_dtype"] = self.compute_dtype_on(device_type)
+        resolved["device_type"] = device_type
+        # Threads change the order of float sums on a CPU; a batch does on a GPU. Each is inert on the other device.
+        resolved["cpus_per_actor"] = self.cpus_on(device_type) if device_type == "cpu" else None
+        resolved["batch_frames"] = self.batch_frames if device_type != "cpu" else None
+        return resolved
+
+    def compute_dtype_on(self, device_type: str) -> str:
+        """The dtype that the encoder runs in: float32 on a CPU and bfloat16 on a GPU unless chosen."""
+        if self.compute_dtype != "auto":
+            return self.compute_dtype
+        return "float32" if device_type == "cpu" else "bfloat16"
+
+    def cpus_on(self, device_type: str) -> int:
+        """CPU cores that an actor asks Ray for; on a CPU also the encoder's threads."""
+        if self.cpus_per_actor is not None:
+            return self.cpus_per_actor
+        return 1 if device_type == "cpu" else 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecodeLimits:
+    """What a decode child may cost. A video over a limit is rejected, never shortened."""
+
+    max_picture_px: int = _option("pixels of one frame", _whole("max-picture-px", 64), 4096 * 4096)
+    max_duration_s: float = _option("seconds of a video", _number("max-duration-s", 0.1, 1e7), 7200.0)
+    max_frames: int = _option("frames of a video", _whole("max-frames", 1), 500_000)
+    max_streams: int = _option("streams of a file", _whole("max-streams", 1), 8)
+    max_file_bytes: int = _option("bytes of a file", _whole("max-file-bytes", 1), 20_000_000_000)
+    decode_timeout_s: float = _option(
+        "seconds that a decode child may stay silent", _number("decode-timeout-s", 0.5, 1e5), 60.0
+    )
+    decode_memory_bytes: int = _option(
+        "address space of a decode child", _whole("decode-memory-bytes", 1 << 28), 4 << 30
+    )
+    videos_per_child: int = _option("videos after which a decode child is replaced", _whole("videos-per-child", 1), 200)
+    decode_processes: int | None = _option(
+        "decode children per actor; auto: one per core of the actor",
+        _auto(_whole("decode-processes", 1)),
+        None,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunConfig:
+    """How the run is carried out. Nothing here changes a byte of the output."""
+
+    output: str = _option("URI of the dataset to write: a local folder or s3://bucket/prefix", str)
+    num_actors: int | None = _option("actors; auto: as many as the cluster holds", _auto(_whole("num-actors", 1)), None)
+    gpus_per_actor: float | None = _option(
+        "GPUs of an actor, a fraction shares one; auto: 1 where there are GPUs, else 0",
+        _auto(_number("gpus-per-actor", 0, 64)),
+        None,
+    )
+    max_attempts: int = _option("attempts at a shard before it is left undone", _whole("max-attempts", 1), 3)
+    max_rejected_share: float = _option(
+        "share of rejected videos above which the exit code is 5", _number("max-rejected-share", 0, 1), 0.5
+    )
+    single_writer: bool = _option(
+        "allow a store without conditional writes (then never run two jobs at once)",
+        _yes_no("single_writer"),
+        False,
+        is_switch=True,
+    )
+    dry_run: bool = _option("say what would be done and stop", _yes_no("dry_run"), False, is_switch=True)
+    retry_failed: tuple[str, ...] = _option("encode rejections of these reasons again", _reasons, ())
+    metrics_port: int | None = _option(
+        "serve Prometheus metrics on 127.0.0.1:PORT (0: any free one)", _whole("metrics-port", 0), None
+    )
+    metrics_address: str = _option("address that the metrics are served on", str, "127.0.0.1")
+    progress: str = _option("auto, plain or json", _choice("progress", PROGRESS), "auto")
+    ray_address: str | None = _option(
+        "address of a running Ray cluster; default: the one of `ray job submit`, else an embedded one",
+        str,
+        None,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobConfig:
+    """A whole job, by concern."""
+
+    source: SourceConfig
+    encoding: EncodingConfig
+    decode: DecodeLimits
+    run: RunConfig
+
+
+_PARTS: Mapping[str, type[Any]] = {
+    "source": SourceConfig,
+    "encoding": EncodingConfig,
+    "decode": DecodeLimits,
+    "run": RunConfig,
+}
+
+
+def _options() -> dict[str, tuple[str, Field[Any]]]:
+    return {f.name: (part, f) for part, cls in _PARTS.items() for f in fields(cls)}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> Any:
+        raise UsageError(f"{message}; see --help")
+
+
+def argument_parser() -> argparse.ArgumentParser:
+    """The parser of the flags; values stay text and are checked by `parse_arguments`."""
+    parser = _Parser(
+        prog="encode_laion.py", description=__doc__.splitlines()[0] if __doc__ else None, allow_abbrev=False
+    )
+    for name, (part, f) in _options().items():
+        flag = "--" + name.replace("_", "-")
+        if f.metadata["is_switch"]:
+            parser.add_argument(flag, action="store_const", const="true", default=None, help=f.metadata["help"])
+        else:
+            required = " (required)" if f.default is MISSING else ""
+            help_text = f"{f.metadata['help']}{required} [{part}]".replace("%", "%%")
+            parser.add_argument(flag, default=None, metavar="VALUE", help=help_text)
+    parser.add_argument("--config", default=None, metavar="FILE", help="YAML file with the same keys as the flags")
+    return parser
+
+
+def _read_yaml(path: str) -> dict[str, str]:
+    try:
+        loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UsageError(f"--config: {path} cannot be read as YAML: {error}") from error
+    if loaded is None:
+        return {}
+    if not isinstance(loaded, dict):
+        raise UsageError(f"--config: {path} holds a {type(loaded).__name__}, not a mapping of keys to values")
+    known = _options()
+    given: dict[str, str] = {}
+    for key, value in loaded.items():
+        name = str(key).replace("-", "_")
+        if name not in known:
+            raise UsageError(f"--config: {path} has the unknown key {key!r}; known keys: {', '.join(sorted(known))}")
+        if isinstance(value, list):
+            value = (";" if name == "buckets" else ",").join(str(entry) for entry in value)
+        if isinstance(value, dict) or value is None:
+            raise UsageError(f"--config: {path}: the value of {key!r} is {value!r}, not a text, number or true/false")
+        given[name] = str(value).lower() if isinstance(value, bool) else str(value)
+    return given
+
+
+def parse_arguments(argv: Sequence[str]) -> JobConfig:
+    """The checked configuration of a command line.
+
+    Raises:
+        UsageError: an unknown flag or key, a missing required one, or a value that is not allowed; the message says
+            which value, what is allowed and why.
+    """
+    arguments = vars(argument_parser().parse_args(argv))
+    path = arguments.pop("config")
+    given = _read_yaml(path) if path is not None else {}
+    given |= {name: text for name, text in arguments.items() if text is not None}
+    known = _options()
+    missing = [name for name, (_, f) in known.items() if f.default is MISSING and name not in given]
+    if missing:
+        flags = ", ".join("--" + name.replace("_", "-") for name in missing)
+        raise UsageError(f"{flags} must be given, as a flag or in --config; see --help")
+    values: dict[str, dict[str, Any]] = {part: {} for part in _PARTS}
+    for name, text in given.items():
+        part, f = known[name]
+        values[part][name] = f.metadata["parse"](text)
+    config = JobConfig(
+        source=SourceConfig(**values["source"]),
+        encoding=EncodingConfig(**values["encoding"]),
+        decode=DecodeLimits(**values["decode"]),
+        run=RunConfig(**values["run"]),
+    )
+    if config.encoding.chunk_frames is not None and config.encoding.chunk_frames % 4:
+        raise UsageError(
+            f"--chunk-frames: {config.encoding.chunk_frames} is not a multiple of 4 (0 switches chunks off)"
+        )
+    if config.encoding.tile_px is not None and config.encoding.tile_px % 8:
+        raise UsageError(f"--tile-px: {config.encoding.tile_px} is not a multiple of 8 (0 switches tiles off)")
+    return config

@@ -1,0 +1,288 @@
+"""The types that flow through a run, each frozen and complete when built; a later step makes a new type.
+
+    ShardSpec --source--> SourceVideo --decode--> Clip --encode--> LatentRecord --write--> ShardResult --publish--> Commit
+                                 \\-> ClipFailure <-/           (failures travel in the ShardResult)
+
+Not a place for behaviour: only the invariants of the types are checked here. The lower-level types that only one module
+uses live in that module. Used by every module of `pipeline`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+# The closed list of reason codes. Codes are part of the output format: never renamed, only added.
+REASONS: Mapping[str, str] = {
+    "empty_file": "the file has no bytes",
+    "unreadable": "no allowed container or image format was recognised, or its header is damaged",
+    "not_allowed": "the container, codec or pixel format is not on the allow-list",
+    "no_video": "the file has no video stream",
+    "too_large": "pixels, frames, streams, duration or bytes are over a limit",
+    "too_small": "the picture is smaller than the bucket and --upscale is off",
+    "too_short": "the video fills no bucket at the asked frame rate",
+    "no_bucket": "no bucket of the kind (video or image) is configured",
+    "decode_error": "the decoder failed on the frames",
+    "frames_missing": "fewer frames decode than the header promised",
+    "timeout": "decoding passed its deadline twice",
+    "out_of_memory": "the decode child passed its memory limit",
+    "decoder_crash": "the decode child died",
+    "not_found": "the video file does not exist",
+    "duplicate_key": "another video of the shard has the same key",
+    "bad_member": "a tar member is no regular file, or its name is not allowed",
+    "bad_caption": "the caption cannot be stored without loss",
+    "bad_metadata": "the JSON beside the video does not parse to an object",
+    "damaged_shard": "the rest of the shard cannot be read",
+    "digest_mismatch": "the bytes do not have the digest that the input states",
+    "nonfinite_latent": "the encoder gave NaN or infinity",
+    "encode_error": "the encoder failed on this clip alone",
+    "poison": "the worker process died on this video every time",
+}
+
+Step = Literal["source", "decode", "encode"]
+MediaKind = Literal["video", "image"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, order=True)
+class Bucket:
+    """A shape that clips are cut to: WIDTHxHEIGHTxFRAMES in pixels and frames (frames = 1 + 4k; 1 for images)."""
+
+    width_px: int
+    height_px: int
+    num_frames: int
+
+    def __str__(self) -> str:
+        return f"{self.width_px}x{self.height_px}x{self.num_frames}"
+
+    @property
+    def media_kind(self) -> MediaKind:
+        return "image" if self.num_frames == 1 else "video"
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of one clip as uint8 RGB."""
+        return self.width_px * self.height_px * self.num_frames * 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardSpec:
+    """One unit of work, small and JSON-safe.
+
+    `shard_id = <stem>-<8 hex of sha256(source URI)>` derives from the source, never from the number of workers.
+    """
+
+    shard_id: str
+    source_uri: str  # the tar, or the table/folder/glob with "#slice=N"
+    kind: Literal["tar", "slice"]
+    plan_key: str | None  # slices: key of the create-once object under plans/ that lists the entries
+    source_size_bytes: int | None  # tars: as listed at planning time
+    source_etag: str | None
+    num_videos: int | None  # slices: known; tars: None until read
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClipFailure:
+    """Why a video (clip_index None) or one of its clips is not in the output."""
+
+    key: str
+    clip_index: int | None
+    step: Step
+    reason: str
+    message: str
+    source_uri: str
+
+    def __post_init__(self) -> None:
+        assert self.reason in REASONS, f"reason {self.reason!r} is not in the closed list"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SourceVideo:
+    """One video or image of a shard, with open bytes and what was said about it.
+
+    Attributes:
+        key: unique in the shard.
+        media_fd: a readable, seekable file descriptor (a local file opened read-only, or an unnamed temporary file).
+            Whoever received the SourceVideo owns it and closes it.
+        extension: lower case without the dot, "mp4".
+        caption: "" where none was given.
+        fields: other columns and JSON fields, by their own names, JSON-safe values.
+        source_uri: where it came from; a tar member is "<tar uri>#<member name>".
+    """
+
+    key: str
+    media_fd: int
+    num_bytes: int
+    extension: str
+    media_kind: MediaKind
+    caption: str
+    fields: Mapping[str, object]
+    source_uri: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VideoFacts:
+    """What the decoder saw of a source video, after rotation."""
+
+    width_px: int
+    height_px: int
+    num_frames: int
+    fps: float | None  # None for images
+    duration_s: float | None
+    codec: str
+    decoder: str  # name and version class that made the pixels, "decord-0.6"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelFacts:
+    """What a reader must know of the VAE that made the latents."""
+
+    model: str  # the name, folder or hub id that was asked for
+    revision: str | None
+    weights_sha256: str
+    is_trained: bool
+    scaling_factor: float
+    shift_factor: float  # the diffusion model's latent is scaling_factor * (latent - shift_factor)
+    latent_channels: int
+    temporal_compression: int
+    spatial_compression: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DatasetManifest:
+    """The create-once description of an output, `_dataset.json`; also the source of every file's schema metadata.
+
+    Attributes:
+        fingerprint: sha256 hex of the canonical JSON of `fingerprint_fields`.
+        fingerprint_fields: everything that changes bytes; compared key by key when a job opens the output again.
+        passthrough: output column name -> "bool" | "int64" | "float64" | "string", for columns and JSON fields of the
+            input that pass through; fields that are not among them are kept as JSON text in the column `extra`.
+    """
+
+    format_version: int
+    fingerprint: str
+    fingerprint_fields: Mapping[str, object]
+    model: ModelFacts
+    kind: Literal["mean", "moments"]
+    latent_dtype: Literal["float16", "float32"]
+    passthrough: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Clip:
+    """A run of frames cut to a bucket. Never stored, never sent through Ray.
+
+    Attributes:
+        frames: uint8 `(T, H, W, 3)`, RGB, values 0..255, T = 1 + 4k; possibly a view of a mapped memory file.
+        frame_times_s: `(T,)` float64, presentation times of the chosen frames in the source.
+        start_s, end_s: span of the clip in the source in seconds (end is exclusive: the last frame's end); 0, 0 for images.
+        fps: frames per second of the clip as resampled; None for images.
+        crop: (x, y, width, height) in pixels of the *source* picture after rotation that the bucket shows.
+    """
+
+    key: str
+    clip_index: int
+    bucket: Bucket
+    frames: npt.NDArray[np.uint8]
+    frame_times_s: npt.NDArray[np.float64]
+    start_s: float
+    end_s: float
+    fps: float | None
+    crop: tuple[int, int, int, int]
+    facts: VideoFacts
+    caption: str
+    fields: Mapping[str, object]
+    source_uri: str
+
+    def __post_init__(self) -> None:
+        expected = (self.bucket.num_frames, self.bucket.height_px, self.bucket.width_px, 3)
+        assert self.frames.shape == expected, f"clip frames {self.frames.shape} are not the bucket's {expected}"
+        assert self.frames.dtype == np.uint8, f"clip frames are {self.frames.dtype}, not uint8"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LatentRecord:
+    """The posterior of one clip, deterministic and unscaled, with everything that the output says about it.
+
+    Attributes:
+        mean: `(C, t, h, w)` float16 or float32, the posterior mean, never a draw, never scaled.
+        logvar: the same shape, or None when only the mean is stored.
+    """
+
+    key: str
+    clip_index: int
+    mean: npt.NDArray[np.floating]
+    logvar: npt.NDArray[np.floating] | None
+    bucket: Bucket
+    caption: str
+    fields: Mapping[str, object]
+    fps: float | None
+    start_s: float
+    end_s: float
+    crop: tuple[int, int, int, int]
+    facts: VideoFacts
+    source_uri: str
+
+    @property
+    def kind(self) -> Literal["mean", "moments"]:
+        return "mean" if self.logvar is None else "moments"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileStat:
+    """A data file as it was written: its key relative to the output root, its bytes, its digest, its rows."""
+
+    key: str
+    num_bytes: int
+    sha256: str
+    num_rows: int
+    content: Literal["parquet", "webdataset", "rejected"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardCounts:
+    """The accounts of a shard. They balance, or the shard may not be committed."""
+
+    num_videos: int
+    num_videos_ok: int  # with at least one record
+    num_videos_rejected: int
+    num_clips: int
+    num_records: int
+    num_clips_rejected: int
+    num_frames: int  # frames encoded, pixels side
+    reasons: Mapping[str, int] = field(default_factory=dict)  # rejections by reason, videos and clips together
+
+    def __post_init__(self) -> None:
+        assert self.num_videos == self.num_videos_ok + self.num_videos_rejected, f"videos do not balance: {self}"
+        assert self.num_clips == self.num_records + self.num_clips_rejected, f"clips do not balance: {self}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardResult:
+    """What an attempt made of a shard, before the commit point."""
+
+    spec: ShardSpec
+    files: tuple[FileStat, ...]
+    counts: ShardCounts
+    timings_s: Mapping[str, float]  # seconds per stage, by metrics.STAGES
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Commit:
+    """The create-once record of a shard. Its existence is the only meaning of "done"."""
+
+    shard_id: str
+    generation: int  # 0 for the first; a retry of rejections is 1, 2, ...
+    nonce: str  # of the attempt that won
+    fingerprint: str
+    source_uri: str
+    source_size_bytes: int | None
+    source_etag: str | None
+    files: tuple[FileStat, ...]
+    counts: ShardCounts
+    format_version: int
+    code_version: str
+    created_at: str  # UTC, RFC 3339; for people only, nothing depends on it
