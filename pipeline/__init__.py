@@ -1,6 +1,7 @@
 """Latentmill's pipeline: from video shards to committed latents, and back into a training loop.
 
-Importing this package is cheap: a training machine needs neither Ray nor decord. `LatentDataset` is loaded on first use.
+Not a place for code: importing this package is cheap, and a training machine needs neither Ray nor decord.
+`LatentDataset` is loaded on first use.
 """
 
 from __future__ import annotations

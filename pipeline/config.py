@@ -47,8 +47,8 @@ def parse_buckets(text: str) -> tuple[Bucket, ...]:
         for name, side in (("width", width), ("height", height)):
             if side < 8 or side % 8:
                 raise UsageError(
-                    f"--buckets: {name} {side} of {part} is not a positive multiple of 8, which the encoder's 8x8 spatial "
-                    f"compression needs; use {max(8, round(side / 8) * 8)}"
+                    f"--buckets: {name} {side} of {part} is not a positive multiple of 8, which the encoder's 8x8 "
+                    f"spatial compression needs; use {max(8, round(side / 8) * 8)}"
                 )
         if num_frames < 1 or (num_frames - 1) % 4:
             lower = max(1, 1 + 4 * ((num_frames - 1) // 4))

@@ -1,8 +1,9 @@
 """Every metric of a run: one table of names, units and labels, and the registry that the driver serves.
 
-Not measured here: actors send plain numbers with their results and the driver, which outlives them, counts. Series that a
-worker process owned would vanish with it and begin at their first value, so that a rate over them would be wrong.
-Label values come from closed sets only (reason codes, stages, states, actor indices); no URI, key or message is ever a label.
+Not measured here: actors send plain numbers with their results and the driver, which outlives them, counts. Series
+that a worker process owned would vanish with it and begin at their first value, so that a rate over them would be
+wrong. Label values come from closed sets only (reason codes, stages, states, actor indices); no URI, key or message
+is ever a label.
 Called by `run`; dashboards and alerts in `infra/` are tested against `METRICS`.
 """
 
@@ -115,6 +116,6 @@ class RunMetrics:
         child.observe(value)
 
     def serve(self, address: str, port: int) -> tuple[int, object]:
-        """Serves the registry over HTTP from a daemon thread; returns the bound port and the server to shut down."""
+        """Serves the registry over HTTP from a daemon thread; returns the bound port and the server to close."""
         server, _thread = start_http_server(port, addr=address, registry=self.registry)
         return int(server.server_port), server

@@ -1,7 +1,7 @@
 """The types that flow through a run, each frozen and complete when built; a later step makes a new type.
 
-    ShardSpec --source--> SourceVideo --decode--> Clip --encode--> LatentRecord --write--> ShardResult --publish--> Commit
-                                 \\-> ClipFailure <-/           (failures travel in the ShardResult)
+    ShardSpec --source--> SourceVideo --decode--> Clip --encode--> LatentRecord --write--> ShardResult --> Commit
+                   \\-> ClipFailure <-/--------------/           (failures travel in the ShardResult)
 
 Not a place for behaviour: only the invariants of the types are checked here. The lower-level types that only one module
 uses live in that module. Used by every module of `pipeline`.
@@ -178,7 +178,8 @@ class Clip:
     Attributes:
         frames: uint8 `(T, H, W, 3)`, RGB, values 0..255, T = 1 + 4k; possibly a view of a mapped memory file.
         frame_times_s: `(T,)` float64, presentation times of the chosen frames in the source.
-        start_s, end_s: span of the clip in the source in seconds (end is exclusive: the last frame's end); 0, 0 for images.
+        start_s, end_s: span of the clip in the source in seconds (end is exclusive: the last frame's end); 0, 0 for
+            images.
         fps: frames per second of the clip as resampled; None for images.
         crop: (x, y, width, height) in pixels of the *source* picture after rotation that the bucket shows.
     """
