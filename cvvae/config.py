@@ -1,0 +1,280 @@
+"""What a CV-VAE is made of: one frozen description, read from and written to the published `config.json`.
+
+Both published families are one architecture here; where they differ (padding, norm epsilon, attention, key
+names) the difference is a field of `CVVAEConfig`, filled from the table of the family. This module knows no
+tensors. `layers`, `model`, `tiling` and `checkpoint` read it; users meet it as `vae.config`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+PaddingMode = Literal["zeros", "replicate"]
+Attention = Literal["spatial", "spatial_temporal"]
+
+TEMPORAL_COMPRESSION = 4
+SPATIAL_COMPRESSION = 8
+NUM_LEVELS = 4
+
+
+class ConfigError(ValueError):
+    """A `config.json` that does not describe a model this package can build."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CVVAEConfig:
+    """Architecture, chunking and scale of one model.
+
+    Raises:
+        ConfigError: a value is outside what the layers can build.
+    """
+
+    class_name: Literal["CVVAEModel", "CVVAESD3Model"]
+    """The family: decides the published field names, key names and parameter shapes."""
+    in_channels: int = 3
+    """Channels of a frame."""
+    latent_channels: int = 4
+    """Channels of a latent (z); the encoder's last layer has twice as many."""
+    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
+    """Width of each of the four levels, full resolution first."""
+    layers_per_block: int = 2
+    """Residual blocks per encoder level; the decoder has one more."""
+    norm_num_groups: int = 32
+    """Groups of every GroupNorm."""
+    norm_eps: float = 1e-5
+    """Epsilon of every GroupNorm."""
+    half_3d: bool = True
+    """The second convolution of a residual block is 2D, per frame; else 3D."""
+    encoder_attention: Attention = "spatial"
+    """Attention of the encoder's middle block."""
+    decoder_attention: Attention = "spatial"
+    """Attention of the decoder's middle block."""
+    spatial_padding: PaddingMode = "zeros"
+    """How 3D convolutions continue a frame beyond its border (2D ones always with zeros)."""
+    decoder_time_padding: PaddingMode = "zeros"
+    """How the decoder's stride-1 convolutions continue a clip at both ends; the encoder always repeats frame 0."""
+    downsample_padding: Literal["right_bottom", "both"] = "right_bottom"
+    """Where a downsampling convolution pads; decides floor(H/8) or ceil(H/8) for odd sizes."""
+    chunk_num_frames: int = 16
+    """Stride of temporal chunks; a chunk has one frame more."""
+    tile_size_px: int = 576
+    """Side of a spatial tile; larger frames are tiled."""
+    tile_overlap_ratio: float = 0.2222
+    """Share of a tile that overlaps the next one."""
+    scaling_factor: float = 1.0
+    """A diffusion model sees scaling_factor * (z - shift_factor). Never applied by the codec."""
+    shift_factor: float = 0.0
+    """See scaling_factor."""
+    force_upcast: bool = False
+    """Published, read by some diffusers pipelines, without meaning for the codec."""
+    untrained: bool = False
+    """The weights are made from a seed: latents carry no meaning."""
+
+    def __post_init__(self) -> None:
+        if len(self.block_out_channels) != NUM_LEVELS:
+            raise ConfigError(
+                f"block widths are {self.block_out_channels}: {NUM_LEVELS} are needed, since the published "
+                f"design compresses {SPATIAL_COMPRESSION}x in space by {NUM_LEVELS - 1} halvings"
+            )
+        for width in self.block_out_channels:
+            if width % self.norm_num_groups:
+                raise ConfigError(
+                    f"a level is {width} channels wide, which norm_num_groups={self.norm_num_groups} does not "
+                    f"divide; GroupNorm needs equal groups: change the width or norm_num_groups"
+                )
+        for name, step in (("chunk_num_frames", TEMPORAL_COMPRESSION), ("tile_size_px", SPATIAL_COMPRESSION)):
+            value = getattr(self, name)
+            if value < step or value % step:
+                raise ConfigError(f"{name} is {value}: a positive multiple of {step} is needed, one latent step")
+        if not 0 <= self.tile_overlap_ratio < 1:
+            raise ConfigError(f"tile_overlap_ratio is {self.tile_overlap_ratio}: allowed is 0 <= ratio < 1")
+
+    @classmethod
+    def from_published(cls, published: Mapping[str, Any]) -> CVVAEConfig:
+        """The configuration that a published `config.json` describes; missing fields take published defaults.
+
+        Raises:
+            ConfigError: unknown class, unknown field, or a value that the released models never use.
+        """
+        class_name = published.get("_class_name")
+        if class_name not in _FAMILIES:
+            raise ConfigError(f"_class_name is {class_name!r}: supported are {', '.join(_FAMILIES)}")
+        family = _FAMILIES[class_name]
+        given = {key: value for key, value in published.items() if key not in _BOOKKEEPING}
+        values: dict[str, Any] = {"class_name": class_name, **family.defaults}
+        unknown = []
+        for key, value in given.items():
+            if key in family.fixed:
+                _check_fixed(class_name, key, value, family.fixed[key])
+            elif key in family.ignored or key in ("ch", "ch_mult"):
+                continue
+            elif key in family.renamed:
+                values[family.renamed[key]] = _neutral_value(class_name, key, value)
+            elif key in _FIELD_NAMES - set(family.renamed.values()) - {"class_name"}:
+                values[key] = value
+            else:
+                unknown.append(key)
+        if unknown:
+            raise ConfigError(
+                f"config.json of a {class_name} has unknown fields {sorted(unknown)}: the model may be built "
+                f"otherwise than this package would build it; remove them if they carry no meaning"
+            )
+        if class_name == "CVVAEModel":
+            values["block_out_channels"] = _widths(given.get("ch", 128), given.get("ch_mult", (1, 2, 4, 4)))
+        return cls(**values)
+
+    def to_published(self) -> dict[str, Any]:
+        """The fields of the published `config.json`; fields of this package only where they say something else."""
+        family = _FAMILIES[self.class_name]
+        published: dict[str, Any] = {"_class_name": self.class_name}
+        published.update({key: _listed(values[0]) for key, values in family.fixed.items()})
+        published.update(family.ignored)
+        for key, name in family.renamed.items():
+            published[key] = _published_value(key, getattr(self, name))
+        if self.class_name == "CVVAEModel":
+            base = self.block_out_channels[0]
+            published["ch"] = base
+            published["ch_mult"] = [width // base for width in self.block_out_channels]
+        defaults = type(self)(class_name=self.class_name, **family.defaults)
+        for name in sorted(_FIELD_NAMES - set(family.renamed.values()) - {"class_name", "block_out_channels"}):
+            if getattr(self, name) != getattr(defaults, name):
+                published[name] = getattr(self, name)
+        return dict(sorted(published.items()))
+
+    @property
+    def tile_latents(self) -> int:
+        """Side of a spatial tile in latents."""
+        return self.tile_size_px // SPATIAL_COMPRESSION
+
+    @property
+    def tile_overlap_latents(self) -> int:
+        """Overlap of two spatial tiles in latents (published: 16, which is 128 px)."""
+        return round(self.tile_overlap_ratio * self.tile_latents)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Family:
+    """How one published class names and fills the fields of `CVVAEConfig`."""
+
+    defaults: Mapping[str, Any]
+    renamed: Mapping[str, str]
+    fixed: Mapping[str, tuple[Any, ...]]
+    """Published fields with the values that the released models use; others are refused, not guessed."""
+    ignored: Mapping[str, Any]
+    """Published fields that the published code never reads (or that only its demo reads)."""
+
+
+_BOOKKEEPING = frozenset({"_class_name", "_diffusers_version", "_name_or_path", "_commit_hash", "_use_default_values"})
+_FIELD_NAMES = frozenset(field.name for field in fields(CVVAEConfig))
+_ATTENTION_NAMES: dict[str, Attention] = {
+    "vanilla-xformers": "spatial",
+    "vanilla": "spatial",
+    "spatial-temporal-xformer": "spatial_temporal",
+}
+_CHUNK_AND_TILE = {
+    "en_de_n_frames_a_time": "chunk_num_frames",
+    "tile_spatial_size": "tile_size_px",
+    "tile_overlap_ratio": "tile_overlap_ratio",
+}
+_FIXED_IN_BOTH: dict[str, tuple[Any, ...]] = {
+    "causal_encoder": (True,),
+    "causal_decoder": (False,),
+    "double_z": (True,),
+    "num_video_frames": (None,),
+    "reshape_x_dim_to_4": (False,),
+    "time_n_compress": (TEMPORAL_COMPRESSION,),
+    "spatial_n_compress": (SPATIAL_COMPRESSION,),
+}
+_FAMILIES = {
+    "CVVAEModel": _Family(
+        defaults={
+            "latent_channels": 4,
+            "norm_eps": 1e-5,
+            "decoder_attention": "spatial_temporal",
+            "spatial_padding": "zeros",
+            "decoder_time_padding": "zeros",
+            "downsample_padding": "right_bottom",
+            "scaling_factor": 0.18215,
+            "force_upcast": True,
+        },
+        renamed={
+            "in_channels": "in_channels",
+            "z_channels": "latent_channels",
+            "num_res_blocks": "layers_per_block",
+            "half_3d": "half_3d",
+            "encoder_attn_type": "encoder_attention",
+            "decoder_attn_type": "decoder_attention",
+            "scaling_factor": "scaling_factor",
+            "force_upcast": "force_upcast",
+            **_CHUNK_AND_TILE,
+        },
+        fixed={**_FIXED_IN_BOTH, "out_ch": (3,), "attn_resolutions": ((),), "dropout": (0.0,), "use_3d_conv": (True,)},
+        ignored={"reshape_z_dim_to_4": False},
+    ),
+    "CVVAESD3Model": _Family(
+        defaults={
+            "latent_channels": 16,
+            "norm_eps": 1e-6,
+            "decoder_attention": "spatial",
+            "spatial_padding": "replicate",
+            "decoder_time_padding": "replicate",
+            "downsample_padding": "both",
+            "scaling_factor": 1.5305,
+            "shift_factor": 0.0609,
+        },
+        renamed={
+            "in_channels": "in_channels",
+            "out_channels": "latent_channels",
+            "block_out_channels": "block_out_channels",
+            "layers_per_block": "layers_per_block",
+            "norm_num_groups": "norm_num_groups",
+            "half_3d": "half_3d",
+            **_CHUNK_AND_TILE,
+        },
+        fixed={
+            **_FIXED_IN_BOTH,
+            "down_block_types": (("DownEncoderBlock3D",) * NUM_LEVELS,),
+            "up_block_types": (("UpDecoderBlock3D",) * NUM_LEVELS,),
+            "act_fn": ("silu",),
+            "mid_block_add_attention": (True,),
+        },
+        ignored={"reshape_z_dim_to_4": False},
+    ),
+}
+
+
+def _check_fixed(class_name: str, key: str, value: Any, allowed: tuple[Any, ...]) -> None:
+    if (tuple(value) if isinstance(value, list) else value) not in allowed:
+        raise ConfigError(
+            f"config.json of a {class_name} has {key}={value!r}: only {_listed(allowed[0])!r} is supported, "
+            f"as in every released model"
+        )
+
+
+def _neutral_value(class_name: str, key: str, value: Any) -> Any:
+    if key in ("encoder_attn_type", "decoder_attn_type"):
+        if value not in _ATTENTION_NAMES:
+            raise ConfigError(
+                f"config.json of a {class_name} has {key}={value!r}: supported are {', '.join(_ATTENTION_NAMES)}"
+            )
+        return _ATTENTION_NAMES[value]
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _published_value(key: str, value: Any) -> Any:
+    if key in ("encoder_attn_type", "decoder_attn_type"):
+        return next(name for name, attention in _ATTENTION_NAMES.items() if attention == value)
+    return _listed(value)
+
+
+def _listed(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _widths(base: int, multipliers: Any) -> tuple[int, ...]:
+    widths = tuple(base * multiplier for multiplier in multipliers)
+    if not widths or widths[0] != base:
+        raise ConfigError(f"ch_mult is {list(multipliers)}: it must start with 1, as in every released model")
+    return widths

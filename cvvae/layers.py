@@ -1,0 +1,253 @@
+"""The layers that both published families are made of; every difference between families is an argument.
+
+Activations are 5-D (B, C, T, H, W) in channels_last_3d memory, so that folding T into B for a 2D convolution
+or moving C to the end for a linear layer is a view. Only `model` builds these layers.
+
+Tensor letters: B batch, C channels, T H W frames, height and width at whatever resolution the layer works.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cvvae.config import CVVAEConfig, PaddingMode
+
+KERNEL = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Padding:
+    """How a 3x3x3 convolution continues its input: in time by (before, after) frames, in space by one pixel."""
+
+    time_before: int
+    time_after: int
+    time_mode: PaddingMode
+    space_mode: PaddingMode
+    right_bottom_only: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class TapPlan:
+    """Which kernel taps read which input frame, for one output frame: taps[i] read frame `first + i`."""
+
+    first: int
+    taps: tuple[tuple[int, ...], ...]
+
+
+def plan_taps(index: int, num_frames: int, stride: int, padding: Padding) -> TapPlan:
+    """The taps of output frame `index`, padding resolved: repeated frames collect several taps, zeros none."""
+    readers: dict[int, list[int]] = {}
+    for tap in range(KERNEL):
+        position = index * stride - padding.time_before + tap
+        frame = min(max(position, 0), num_frames - 1)
+        if frame == position or padding.time_mode == "replicate":
+            readers.setdefault(frame, []).append(tap)
+    return TapPlan(min(readers), tuple(tuple(readers[frame]) for frame in sorted(readers)))
+
+
+def fold_frames(x: Tensor) -> Tensor:
+    """(B, C, T, H, W) -> (B * T, C, H, W); a view in channels_last_3d memory."""
+    return x.transpose(1, 2).flatten(0, 1)
+
+
+def unfold_frames(x: Tensor, num_frames: int) -> Tensor:
+    """(B * T, C, H, W) -> (B, C, T, H, W); a view."""
+    return x.unflatten(0, (-1, num_frames)).transpose(1, 2)
+
+
+class SpaceTimeConv(nn.Conv3d):
+    """A 3x3x3 convolution over time and space, weight (out, in, 3, 3, 3).
+
+    Padding in time costs no memory and no arithmetic: an output frame whose window leaves the clip is computed
+    from the frames that exist, with the taps that would read the same frame summed. A clip of one frame thereby
+    becomes a 2D convolution. Summing three taps costs less than 2 % of the smallest convolution here, so it is done in
+    each call and can never be stale.
+
+    (B, in, T, H, W) -> (B, out, T', H', W') with T' = (T + before + after - 3) // time stride + 1.
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, *, padding: Padding, stride: tuple[int, int] = (1, 1)
+    ) -> None:
+        super().__init__(in_channels, out_channels, KERNEL)
+        self.edges = padding
+        self.time_stride, self.space_stride = stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self._pad_space(x)
+        num_frames = x.shape[2]
+        if self.edges.time_mode == "zeros" and num_frames > 1:
+            return self._conv(x, self.weight, self.bias, time_padding=self.edges.time_before)
+        begin, end, num_out = self._interior(num_frames)
+        pieces = [self.frame(x, index) for index in range(begin)]
+        if end > begin:
+            first = begin * self.time_stride - self.edges.time_before
+            pieces.append(self._conv(x[:, :, first:], self.weight, self.bias))
+        pieces += [self.frame(x, index) for index in range(end, num_out)]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
+
+    def frame(self, x: Tensor, index: int) -> Tensor:
+        """One output frame at the edge of a clip, from input already padded in space: (B, out, 1, H', W')."""
+        plan = plan_taps(index, x.shape[2], self.time_stride, self.edges)
+        weight = torch.stack([self.weight[:, :, list(taps)].sum(2) for taps in plan.taps], dim=2)
+        return self._conv(x[:, :, plan.first : plan.first + len(plan.taps)], weight, self.bias)
+
+    def _interior(self, num_frames: int) -> tuple[int, int, int]:
+        """The output frames [begin, end) whose windows lie inside the clip, and the number of all outputs."""
+        edges, stride = self.edges, self.time_stride
+        num_out = (num_frames + edges.time_before + edges.time_after - KERNEL) // stride + 1
+        begin = min(-(-edges.time_before // stride), num_out)
+        end = (num_frames - KERNEL + edges.time_before) // stride + 1
+        return begin, max(end, begin), num_out
+
+    def _pad_space(self, x: Tensor) -> Tensor:
+        if self.edges.right_bottom_only:
+            return F.pad(x, (0, 1, 0, 1))
+        if self.edges.space_mode == "replicate":
+            return F.pad(x, (1, 1, 1, 1, 0, 0), mode="replicate")
+        return x
+
+    def _conv(self, x: Tensor, weight: Tensor, bias: Tensor | None, time_padding: int = 0) -> Tensor:
+        is_padded = self.edges.right_bottom_only or self.edges.space_mode == "replicate"
+        space_padding = 0 if is_padded else 1
+        if weight.shape[2] == 1:
+            frames = F.conv2d(fold_frames(x), weight[:, :, 0], bias, self.space_stride, space_padding)
+            return unfold_frames(frames, x.shape[2])
+        stride = (self.time_stride, self.space_stride, self.space_stride)
+        return F.conv3d(x, weight, bias, stride, (time_padding, space_padding, space_padding))
+
+
+class FrameConv(nn.Conv2d):
+    """A 3x3 convolution of every frame by itself, weight (out, in, 3, 3), zeros around; keeps the shape."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, KERNEL, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return unfold_frames(super().forward(fold_frames(x)), x.shape[2])
+
+
+class PointwiseLinear(nn.Module):
+    """A linear map of the channels, which are last: (..., in) -> (..., out).
+
+    The families store the weight as a linear, 2D or 3D layer would: (out, in) and `num_trailing_dims` ones.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, num_trailing_dims: int) -> None:
+        super().__init__()
+        linear = nn.Linear(in_channels, out_channels)
+        ones = (1,) * num_trailing_dims
+        self.weight = nn.Parameter(linear.weight.detach().reshape(out_channels, in_channels, *ones))
+        self.bias = linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.flatten(1), self.bias)
+
+
+def norm_silu(norm: nn.GroupNorm, x: Tensor) -> Tensor:
+    """GroupNorm, then SiLU; in place on the norm's own result where no gradient needs it."""
+    return F.silu(norm(x), inplace=not torch.is_grad_enabled())
+
+
+class ResidualBlock(nn.Module):
+    """x + conv2(silu(norm2(conv1(silu(norm1(x)))))), the shortcut a 1x1 map where widths differ.
+
+    (B, in, T, H, W) -> (B, out, T, H, W).
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, config: CVVAEConfig, padding: Padding) -> None:
+        super().__init__()
+        groups, eps = config.norm_num_groups, config.norm_eps
+        self.norm1 = nn.GroupNorm(groups, in_channels, eps)
+        self.conv1 = SpaceTimeConv(in_channels, out_channels, padding=padding)
+        self.norm2 = nn.GroupNorm(groups, out_channels, eps)
+        self.conv2: nn.Module
+        if config.half_3d:
+            self.conv2 = FrameConv(out_channels, out_channels)
+        else:
+            self.conv2 = SpaceTimeConv(out_channels, out_channels, padding=padding)
+        self.shortcut: PointwiseLinear | None = None
+        if in_channels != out_channels:
+            num_trailing_dims = 3 if config.class_name == "CVVAEModel" else 2
+            self.shortcut = PointwiseLinear(in_channels, out_channels, num_trailing_dims)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # One name for all steps, so that each activation is freed as soon as the next one exists.
+        h = self.conv1(norm_silu(self.norm1, x))
+        h = self.conv2(norm_silu(self.norm2, h))
+        if self.shortcut is not None:
+            x = self.shortcut(x.movedim(1, -1)).movedim(-1, 1)
+        # In place: no backward formula of a convolution reads its output.
+        return h.add_(x)
+
+
+class Attention(nn.Module):
+    """Self-attention of the positions of each frame, one head; with `has_time` then of each position over time.
+
+    The input is added once, at the end, so the temporal part sits in series and has no residual of its own.
+    (B, C, T, H, W) -> the same shape.
+    """
+
+    def __init__(self, channels: int, config: CVVAEConfig, *, has_time: bool) -> None:
+        super().__init__()
+        num_trailing_dims = 2 if config.class_name == "CVVAEModel" else 0
+        self.norm = nn.GroupNorm(config.norm_num_groups, channels, config.norm_eps)
+        self.q = PointwiseLinear(channels, channels, num_trailing_dims)
+        self.k = PointwiseLinear(channels, channels, num_trailing_dims)
+        self.v = PointwiseLinear(channels, channels, num_trailing_dims)
+        self.out = PointwiseLinear(channels, channels, num_trailing_dims)
+        self.time: TimeAttention | None = TimeAttention(channels) if has_time else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, C, T, H, W = x.shape
+        h = self.norm(fold_frames(x)).flatten(2).transpose(1, 2).unsqueeze(1)
+        h = F.scaled_dot_product_attention(self.q(h), self.k(h), self.v(h))
+        h = self.out(h).view(B, T, H * W, C)
+        if self.time is not None:
+            h = self.time(h.transpose(1, 2)).transpose(1, 2)
+        return x + h.reshape(B, T, H, W, C).permute(0, 4, 1, 2, 3)
+
+
+class TimeAttention(nn.Module):
+    """LayerNorm, then self-attention over time, not causal, one head: (B, positions, T, C) -> the same shape."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(channels)
+        self.q = nn.Linear(channels, channels)
+        self.k = nn.Linear(channels, channels)
+        self.v = nn.Linear(channels, channels)
+        self.out = nn.Linear(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        h = F.scaled_dot_product_attention(self.q(h), self.k(h), self.v(h))
+        out: Tensor = self.out(h)
+        return out
+
+
+class Upsample(nn.Module):
+    """Doubles height and width by repetition, convolves, and in time turns T frames into 2 T - 1.
+
+    In time the convolution makes 2 C channels: the first C are the earlier, the last C the later frame of each
+    pair, and the earlier frame of the first pair is dropped. (B, C, T, H, W) -> (B, C, 2 T - 1 or T, 2 H, 2 W).
+    """
+
+    def __init__(self, channels: int, *, doubles_time: bool, padding: Padding) -> None:
+        super().__init__()
+        self.doubles_time = doubles_time
+        self.conv = SpaceTimeConv(channels, channels * (1 + doubles_time), padding=padding)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.interpolate(x, scale_factor=(1.0, 2.0, 2.0), mode="nearest")
+        x = self.conv(x)
+        if not self.doubles_time:
+            return x
+        B, C, T, H, W = x.shape
+        # (B, 2 C, T, H, W) -> (B, C, T, 2, H, W): phases next to their frame, then one axis of time.
+        x = x.view(B, 2, C // 2, T, H, W).permute(0, 2, 3, 1, 4, 5).reshape(B, C // 2, 2 * T, H, W)
+        return x[:, :, 1:]

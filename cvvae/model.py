@@ -1,0 +1,421 @@
+"""The codec: encoder, decoder and the model that cuts, runs and joins.
+
+`checkpoint.load` builds a `CVVAE`; `pipeline/codec` and training use it. It applies no scale: latents leave and
+enter as the encoder makes them, and `scaling_factor` and `shift_factor` only say what a diffusion model expects.
+
+Tensor letters: B batch, C channels, T H W frames in pixels, t h w latents: t = 1 + (T - 1) / 4.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from cvvae.config import NUM_LEVELS, SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION, CVVAEConfig
+from cvvae.layers import Attention, Padding, ResidualBlock, SpaceTimeConv, Upsample, norm_silu
+from cvvae.tiling import Span, plan_chunks, plan_tiles, run_tiles
+
+LOGVAR_RANGE = (-30.0, 20.0)
+
+
+class LatentDistribution:
+    """A diagonal Gaussian over latents.
+
+    Attributes:
+        mean: (B, C, t, h, w), or (B, C, h, w) for images, unscaled.
+        logvar: the same shape, clamped to [-30, 20].
+    """
+
+    def __init__(self, moments: Tensor) -> None:
+        self.mean, logvar = moments.chunk(2, dim=1)
+        self.logvar = logvar.clamp(*LOGVAR_RANGE)
+
+    @property
+    def std(self) -> Tensor:
+        """Standard deviation, the shape of `mean`."""
+        return torch.exp(0.5 * self.logvar)
+
+    def mode(self) -> Tensor:
+        """The mean: what the pipeline stores."""
+        return self.mean
+
+    def sample(self, generator: torch.Generator | None = None) -> Tensor:
+        """One draw, the shape of `mean`; reproducible with a seeded generator of the same device."""
+        device = generator.device if generator is not None else self.mean.device
+        noise = torch.randn(self.mean.shape, generator=generator, device=device, dtype=self.mean.dtype)
+        return self.mean + self.std * noise.to(self.mean.device)
+
+
+@dataclass(frozen=True, slots=True)
+class EncoderOutput:
+    """What `CVVAE.encode` returns."""
+
+    latent_dist: LatentDistribution
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderOutput:
+    """What `CVVAE.decode` returns; sample is about [-1, 1], not clamped."""
+
+    sample: Tensor
+
+
+class Level(nn.Module):
+    """Residual blocks of one width, then a change of resolution (none at the end of a half)."""
+
+    def __init__(self, blocks: list[ResidualBlock], resample: nn.Module | None) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.resample = resample
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x if self.resample is None else self.resample(x)
+
+
+class Middle(nn.Module):
+    """Residual block, attention, residual block at the lowest resolution."""
+
+    def __init__(self, channels: int, config: CVVAEConfig, padding: Padding, *, has_time: bool) -> None:
+        super().__init__()
+        self.block1 = ResidualBlock(channels, channels, config, padding)
+        self.attention = Attention(channels, config, has_time=has_time)
+        self.block2 = ResidualBlock(channels, channels, config, padding)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.block2(self.attention(self.block1(x)))
+        return out
+
+
+class Encoder(nn.Module):
+    """(B, 3, T, H, W) in [-1, 1] -> moments (B, 2 C, t, h, w): means, then log-variances.
+
+    Frame j of the result has read frames up to 4 j only through convolutions, but GroupNorm pools over the whole
+    input, so results depend on all frames given.
+    """
+
+    def __init__(self, config: CVVAEConfig) -> None:
+        super().__init__()
+        padding = Padding(
+            time_before=2, time_after=0, time_mode="replicate", space_mode=config.spatial_padding
+        )
+        down_padding = Padding(
+            time_before=2,
+            time_after=0,
+            time_mode="replicate",
+            space_mode=config.spatial_padding,
+            right_bottom_only=config.downsample_padding == "right_bottom",
+        )
+        widths = config.block_out_channels
+        self.conv_in = SpaceTimeConv(config.in_channels, widths[0], padding=padding)
+        self.levels = nn.ModuleList()
+        previous = widths[0]
+        for index, width in enumerate(widths):
+            blocks = [
+                ResidualBlock(previous if block == 0 else width, width, config, padding)
+                for block in range(config.layers_per_block)
+            ]
+            down = None
+            if index < NUM_LEVELS - 1:
+                time_stride = 2 if index in _TIME_LEVELS else 1
+                down = SpaceTimeConv(width, width, padding=down_padding, stride=(time_stride, 2))
+            self.levels.append(Level(blocks, down))
+            previous = width
+        has_time = config.encoder_attention == "spatial_temporal"
+        self.middle = Middle(previous, config, padding, has_time=has_time)
+        self.norm_out = nn.GroupNorm(config.norm_num_groups, previous, config.norm_eps)
+        self.conv_out = SpaceTimeConv(previous, 2 * config.latent_channels, padding=padding)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_in(x)
+        for level in self.levels:
+            x = level(x)
+        x = self.middle(x)
+        out: Tensor = self.conv_out(norm_silu(self.norm_out, x))
+        return out
+
+
+class Decoder(nn.Module):
+    """Latents (B, C, t, h, w) -> frames (B, 3, 1 + 4 (t - 1), 8 h, 8 w), about [-1, 1], not clamped."""
+
+    def __init__(self, config: CVVAEConfig) -> None:
+        super().__init__()
+        padding = Padding(
+            time_before=1, time_after=1, time_mode=config.decoder_time_padding, space_mode=config.spatial_padding
+        )
+        up_padding = Padding(
+            time_before=1, time_after=1, time_mode="replicate", space_mode=config.spatial_padding
+        )
+        widths = config.block_out_channels[::-1]
+        self.conv_in = SpaceTimeConv(config.latent_channels, widths[0], padding=padding)
+        has_time = config.decoder_attention == "spatial_temporal"
+        self.middle = Middle(widths[0], config, padding, has_time=has_time)
+        self.levels = nn.ModuleList()
+        previous = widths[0]
+        for index, width in enumerate(widths):
+            blocks = [
+                ResidualBlock(previous if block == 0 else width, width, config, padding)
+                for block in range(config.layers_per_block + 1)
+            ]
+            up = None
+            if index < NUM_LEVELS - 1:
+                up = Upsample(width, doubles_time=index in _TIME_LEVELS, padding=up_padding)
+            self.levels.append(Level(blocks, up))
+            previous = width
+        self.norm_out = nn.GroupNorm(config.norm_num_groups, previous, config.norm_eps)
+        self.conv_out = SpaceTimeConv(previous, config.in_channels, padding=padding)
+
+    def forward(self, z: Tensor) -> Tensor:
+        x = self.middle(self.conv_in(z))
+        for level in self.levels:
+            x = level(x)
+        out: Tensor = self.conv_out(norm_silu(self.norm_out, x))
+        return out
+
+
+_TIME_LEVELS = (0, 2)
+"""Changes of resolution that also change the frame rate, counted in the order in which a half runs them."""
+
+
+class CVVAE(nn.Module):
+    """A video VAE whose latents live in the space of an image VAE.
+
+    Source: CV-VAE, arXiv 2405.20279. Clips longer than a chunk and frames larger than a tile are cut as published;
+    set `chunk_num_frames` or `tile_size_px` to other values, or to None to run in one piece.
+
+    Attributes:
+        config: the `CVVAEConfig`, also read as `vae.config` by diffusers pipelines.
+        chunk_num_frames: frames between the beginnings of two chunks, a multiple of 4 (published: 16), or None.
+        tile_size_px: side of a tile, a multiple of 8 (published: 576), or None.
+        tile_overlap_px: overlap of two tiles, a multiple of 8 (published: 128).
+        source: where the weights came from.
+        revision: commit of the hub repository, or "".
+        weights_sha256: SHA-256 of the weights' file, or "" for a model that was not loaded.
+    """
+
+    temporal_compression = TEMPORAL_COMPRESSION
+    spatial_compression = SPATIAL_COMPRESSION
+
+    def __init__(self, config: CVVAEConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        self.chunk_num_frames: int | None = config.chunk_num_frames
+        self.tile_size_px: int | None = config.tile_size_px
+        self.tile_overlap_px = config.tile_overlap_latents * SPATIAL_COMPRESSION
+        self.source = ""
+        self.revision = ""
+        self.weights_sha256 = ""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Data type of the weights."""
+        return self.encoder.conv_in.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the weights."""
+        return self.encoder.conv_in.weight.device
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of a latent: 4 (SD2.1) or 16 (SD3)."""
+        return self.config.latent_channels
+
+    @property
+    def scaling_factor(self) -> float:
+        """A diffusion model sees scaling_factor * (z - shift_factor)."""
+        return self.config.scaling_factor
+
+    @property
+    def shift_factor(self) -> float:
+        """A diffusion model sees scaling_factor * (z - shift_factor)."""
+        return self.config.shift_factor
+
+    @property
+    def is_trained(self) -> bool:
+        """False where the weights were made from a seed, so that latents carry no meaning."""
+        return not self.config.untrained
+
+    def latent_shape(self, num_frames: int, height: int, width: int) -> tuple[int, int, int, int]:
+        """(C, t, h, w) of the latents of a clip of that many frames and that size in pixels.
+
+        Raises:
+            ValueError: the frame count is not 1 + 4 k, or a side is too small for one latent.
+        """
+        _check_frame_count(num_frames)
+        sides = []
+        for name, size in (("height", height), ("width", width)):
+            side = self._latent_side(size)
+            if side < 1:
+                raise ValueError(
+                    f"the {name} of the frames is {size} px: at least {SPATIAL_COMPRESSION} px make one latent; "
+                    f"resize the frames"
+                )
+            sides.append(side)
+        num_latents = 1 + (num_frames - 1) // TEMPORAL_COMPRESSION
+        return self.latent_channels, num_latents, sides[0], sides[1]
+
+    def encode(self, x: Tensor, return_dict: bool = True) -> EncoderOutput | tuple[LatentDistribution]:
+        """The distribution of the latents of clips or images.
+
+        Args:
+            x: clips (B, 3, T, H, W) with T = 1 + 4 k, or images (B, 3, H, W); floating, in [-1, 1].
+            return_dict: False gives a tuple, as diffusers pipelines ask for.
+
+        Returns:
+            An object whose latent_dist has .mean and .logvar, (B, C, 1 + k, h, w), or (B, C, h, w) for images;
+            unscaled. Sides are floor(H / 8) for the SD2.1 family and ceil(H / 8) for the SD3 family.
+
+        Raises:
+            ValueError: wrong number of dimensions or channels, T not 1 + 4 k, frames too small, or integer frames.
+        """
+        clips = self._as_clips(x, self.config.in_channels, "frames")
+        B, _, T, H, W = clips.shape
+        _, num_latents, _, _ = self.latent_shape(T, H, W)
+        pieces = []
+        for chunk in plan_chunks(num_latents, self._chunk_latents):
+            frames = clips[:, :, _first_frame(chunk.start) : _end_frame(chunk.stop)]
+            moments = self._encode_tiles(frames)
+            pieces.append(moments[:, :, 1:] if chunk.start else moments)
+        moments = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
+        distribution = LatentDistribution(moments if x.dim() == 5 else moments.squeeze(2))
+        return EncoderOutput(distribution) if return_dict else (distribution,)
+
+    def decode(
+        self, z: Tensor, return_dict: bool = True, generator: torch.Generator | None = None
+    ) -> DecoderOutput | tuple[Tensor]:
+        """Frames from latents.
+
+        Args:
+            z: latents (B, C, t, h, w), unscaled, or of images (B, C, h, w).
+            return_dict: False gives a tuple, as diffusers pipelines ask for.
+            generator: ignored, decoding is deterministic; diffusers pipelines pass one.
+
+        Returns:
+            An object whose sample is (B, 3, 1 + 4 (t - 1), 8 h, 8 w), or (B, 3, 8 h, 8 w); about [-1, 1], not clamped.
+
+        Raises:
+            ValueError: wrong number of dimensions or channels.
+        """
+        latents = self._as_clips(z, self.latent_channels, "latents")
+        pieces = []
+        for chunk in plan_chunks(latents.shape[2], self._chunk_latents):
+            frames = self._decode_tiles(latents[:, :, chunk.start : chunk.stop])
+            pieces.append(frames[:, :, 1:] if chunk.start else frames)
+        frames = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
+        sample = frames if z.dim() == 5 else frames.squeeze(2)
+        return DecoderOutput(sample) if return_dict else (sample,)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Encodes, then decodes the mean: what comes back has the shape of x where H and W are multiples of 8."""
+        encoded = self.encode(x)
+        assert isinstance(encoded, EncoderOutput)
+        decoded = self.decode(encoded.latent_dist.mode())
+        assert isinstance(decoded, DecoderOutput)
+        return decoded.sample
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes `config.json` and `diffusion_pytorch_model.safetensors` with the published fields and keys."""
+        from cvvae.checkpoint import save
+
+        save(self, Path(folder))
+
+    @property
+    def _chunk_latents(self) -> int | None:
+        frames = self.chunk_num_frames
+        if frames is not None and (frames < TEMPORAL_COMPRESSION or frames % TEMPORAL_COMPRESSION):
+            raise ValueError(
+                f"chunk_num_frames is {frames}: a positive multiple of {TEMPORAL_COMPRESSION} frames makes whole "
+                f"latents; set one, or None to run clips in one piece"
+            )
+        return None if frames is None else frames // TEMPORAL_COMPRESSION
+
+    def _latent_side(self, size_px: int) -> int:
+        rounds_up = self.config.downsample_padding == "both"
+        return -(-size_px // SPATIAL_COMPRESSION) if rounds_up else size_px // SPATIAL_COMPRESSION
+
+    def _tile_plan(self, height: int, width: int) -> tuple[list[Span], list[Span]] | None:
+        """Row and column spans in latents for a field of latents of that size, or None where one piece does."""
+        if self.tile_size_px is None:
+            return None
+        for name, value in (("tile_size_px", self.tile_size_px), ("tile_overlap_px", self.tile_overlap_px)):
+            if value < 0 or value % SPATIAL_COMPRESSION:
+                raise ValueError(f"{name} is {value}: a multiple of {SPATIAL_COMPRESSION} px makes whole latents")
+        tile, overlap = self.tile_size_px // SPATIAL_COMPRESSION, self.tile_overlap_px // SPATIAL_COMPRESSION
+        if overlap >= tile:
+            raise ValueError(f"tile_overlap_px is {self.tile_overlap_px}: less than tile_size_px={self.tile_size_px}")
+        return plan_tiles(height, tile, overlap), plan_tiles(width, tile, overlap)
+
+    def _encode_tiles(self, frames: Tensor) -> Tensor:
+        H, W = frames.shape[3:]
+        plan = self._tile_plan(self._latent_side(H), self._latent_side(W))
+        if plan is None or self.tile_size_px is None or max(H, W) <= self.tile_size_px:
+            return self._run(self.encoder, frames)
+        tile_size_px = self.tile_size_px
+
+        def encode_tile(row: Span, column: Span) -> Tensor:
+            tile = frames[..., _pixels(row, tile_size_px), _pixels(column, tile_size_px)]
+            return self._run(self.encoder, tile)
+
+        overlap = self.tile_overlap_px // SPATIAL_COMPRESSION
+        return run_tiles(encode_tile, *plan, overlap, tile_size_px // SPATIAL_COMPRESSION - overlap)
+
+    def _decode_tiles(self, latents: Tensor) -> Tensor:
+        h, w = latents.shape[3:]
+        plan = self._tile_plan(h, w)
+        if plan is None or self.tile_size_px is None or max(h, w) * SPATIAL_COMPRESSION <= self.tile_size_px:
+            return self._run(self.decoder, latents)
+
+        def decode_tile(row: Span, column: Span) -> Tensor:
+            tile = latents[..., row.start : row.stop, column.start : column.stop]
+            return self._run(self.decoder, tile)
+
+        return run_tiles(decode_tile, *plan, self.tile_overlap_px, self.tile_size_px - self.tile_overlap_px)
+
+    def _run(self, half: nn.Module, x: Tensor) -> Tensor:
+        out: Tensor = half(x.contiguous(memory_format=torch.channels_last_3d))
+        return out
+
+    def _as_clips(self, x: Tensor, channels: int, name: str) -> Tensor:
+        if x.dim() not in (4, 5) or x.shape[1] != channels:
+            raise ValueError(
+                f"{name} have the shape {tuple(x.shape)}: (B, {channels}, T, H, W) or (B, {channels}, H, W) is needed, "
+                f"as this model has {channels} channels there"
+            )
+        if not x.is_floating_point():
+            raise ValueError(
+                f"{name} are {x.dtype}: floating point is needed; pixels in 0..255 become x / 127.5 - 1"
+            )
+        return (x if x.dim() == 5 else x.unsqueeze(2)).to(self.dtype)
+
+
+def _check_frame_count(num_frames: int) -> None:
+    rest = (num_frames - 1) % TEMPORAL_COMPRESSION
+    if num_frames < 1 or rest:
+        lower = max(num_frames - rest, 1)
+        raise ValueError(
+            f"the clip has {num_frames} frames: 1 + 4 k are needed (nearest: {lower} or {lower + TEMPORAL_COMPRESSION}), "
+            f"because the first frame and then every {TEMPORAL_COMPRESSION} frames become one latent; cut the clip, or "
+            f"repeat its last frame"
+        )
+
+
+def _first_frame(latent: int) -> int:
+    """The frame in which a chunk that begins with that latent begins: the last one of its group."""
+    return latent * TEMPORAL_COMPRESSION
+
+
+def _end_frame(latent_stop: int) -> int:
+    return (latent_stop - 1) * TEMPORAL_COMPRESSION + 1
+
+
+def _pixels(span: Span, tile_size_px: int) -> slice:
+    """The pixels of a tile; where the frame ends first, slicing stops there, odd rest included."""
+    start = span.start * SPATIAL_COMPRESSION
+    return slice(start, start + tile_size_px)
