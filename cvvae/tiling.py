@@ -50,14 +50,15 @@ def plan_tiles(num_latents: int, tile_latents: int, overlap_latents: int) -> lis
 def blend(before: Tensor, piece: Tensor, overlap: int, dim: int) -> None:
     """Ramps the first `overlap` rows (or columns) of `piece` from the end of `before`, in place.
 
-    Row i becomes before * (1 - i / n) + piece * i / n with n = min(overlap, both sizes).
+    Row i becomes before * (1 - i / overlap) + piece * i / overlap; a piece that lies wholly inside the overlap,
+    as the last tile may, never reaches full weight (so it is in the published model).
     """
     n = min(overlap, before.shape[dim], piece.shape[dim])
     if n == 0:
         return
     shape = [1] * piece.dim()
     shape[dim] = n
-    ramp = (torch.arange(n, device=piece.device, dtype=torch.float32) / n).to(piece.dtype).view(shape)
+    ramp = (torch.arange(n, device=piece.device, dtype=torch.float32) / overlap).to(piece.dtype).view(shape)
     head = piece.narrow(dim, 0, n)
     tail = before.narrow(dim, before.shape[dim] - n, n)
     head.copy_(tail * (1 - ramp) + head * ramp)

@@ -1,0 +1,416 @@
+"""The Ray actor that holds an encoder: one shard in, one committed shard out, the next one decoding meanwhile.
+
+Not where shards are chosen or attempts counted (that is `run`), and not where bytes are decided (`decode`, `codec`,
+`format`). Only small messages cross Ray: a ShardSpec in, a ShardReport out; no pixels, no latents.
+
+Two calls of `process` may run in one actor. Each starts to decode at once, into a bounded queue; an encoder that is
+free takes the shards in the order in which they came. So while one shard is encoded the next is fetched and decoded,
+and while one is uploaded and committed the next is encoded: the encoder does not wait at a border between shards.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import queue
+import shutil
+import tempfile
+import threading
+import time
+import uuid
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+
+import psutil
+import torch
+
+import pipeline
+from pipeline.codec import ClipEncoder
+from pipeline.commit import commit_shard, put_data_file, read_commit
+from pipeline.config import JobConfig
+from pipeline.decode import DecodePool, decoder_versions
+from pipeline.format import FORMAT_VERSION, ShardWriter, WrittenFile
+from pipeline.records import (
+    Clip,
+    ClipFailure,
+    Commit,
+    DatasetManifest,
+    FileStat,
+    LatentRecord,
+    ModelFacts,
+    ShardCounts,
+    ShardSpec,
+    SourceVideo,
+)
+from pipeline.source import iterate_videos
+from pipeline.storage import ObjectStore, open_store
+
+# Clips decoded ahead of the encoder, per shard in flight: enough to hide a slow video, bounded whatever the bucket.
+_CLIPS_AHEAD_BYTES = 256 << 20
+_ROOM_PREFIX = "latentmill-"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerFacts:
+    """What an actor says of itself once its model is loaded."""
+
+    model: ModelFacts
+    device_type: str
+    device_name: str
+    decoders: Mapping[str, str]
+    sandbox: Mapping[str, object]
+    versions: Mapping[str, str]
+    node: str
+    pid: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardReport:
+    """What became of a shard: the outcome at the commit point and what the driver counts."""
+
+    shard_id: str
+    outcome: str  # metrics.COMMIT_OUTCOMES
+    counts: ShardCounts
+    num_bytes_in: int
+    num_bytes_out: int
+    timings_s: Mapping[str, float]  # by metrics.STAGES
+    busy_share: float  # of the time from the first clip asked for to the last record written
+
+
+class _Account:
+    """Counts a shard while it streams past, by the rule of the accounts.
+
+    A failure without a clip index is one rejected video. Every other video is known by its clips, and is ok when at
+    least one of them became a record.
+    """
+
+    def __init__(self) -> None:
+        self.num_videos_rejected = 0
+        self.num_records: Counter[str] = Counter()
+        self.num_clips_rejected: Counter[str] = Counter()
+        self.reasons: Counter[str] = Counter()
+        self.num_frames = 0
+
+    def reject(self, failure: ClipFailure) -> None:
+        self.reasons[failure.reason] += 1
+        if failure.clip_index is None:
+            self.num_videos_rejected += 1
+        else:
+            self.num_clips_rejected[failure.key] += 1
+
+    def accept(self, record: LatentRecord) -> None:
+        self.num_records[record.key] += 1
+        self.num_frames += record.bucket.num_frames
+
+    def counts(self) -> ShardCounts:
+        cut = self.num_records.keys() | self.num_clips_rejected.keys()
+        num_without_record = len(cut - self.num_records.keys())
+        num_records, num_rejected = self.num_records.total(), self.num_clips_rejected.total()
+        return ShardCounts(
+            num_videos=self.num_videos_rejected + len(cut),
+            num_videos_ok=len(self.num_records),
+            num_videos_rejected=self.num_videos_rejected + num_without_record,
+            num_clips=num_records + num_rejected,
+            num_records=num_records,
+            num_clips_rejected=num_rejected,
+            num_frames=self.num_frames,
+            reasons=dict(sorted(self.reasons.items())),
+        )
+
+
+class _DecodeAhead:
+    """Runs a decode iterator in a thread, at most `_CLIPS_AHEAD_BYTES` of clips ahead of whoever iterates."""
+
+    def __init__(self, clips: Iterator[Clip | ClipFailure], clip_bytes: int) -> None:
+        self.decode_s = 0.0
+        self.wait_s = 0.0
+        self._clips = clips
+        self._queue: queue.Queue[Clip | ClipFailure | BaseException | None] = queue.Queue(
+            max(2, _CLIPS_AHEAD_BYTES // clip_bytes)
+        )
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._fill, name="decode-ahead", daemon=True)
+        self._thread.start()
+
+    def _put(self, entry: Clip | ClipFailure | BaseException | None) -> None:
+        while not self._stop.is_set():
+            try:
+                return self._queue.put(entry, timeout=0.2)
+            except queue.Full:
+                continue
+
+    def _fill(self) -> None:
+        end: BaseException | None = None
+        try:
+            while not self._stop.is_set():
+                started = time.perf_counter()
+                clip = next(self._clips, None)
+                self.decode_s += time.perf_counter() - started
+                if clip is None:
+                    break
+                self._put(clip)
+        except BaseException as error:
+            end = error
+        self._put(end)
+
+    def __iter__(self) -> Iterator[Clip | ClipFailure]:
+        while True:
+            started = time.perf_counter()
+            entry = self._queue.get()
+            self.wait_s += time.perf_counter() - started
+            if entry is None:
+                return
+            if isinstance(entry, BaseException):
+                raise entry
+            yield entry
+
+    def close(self) -> None:
+        """Stops the thread and drops what is decoded; safe after the end and after an error."""
+        self._stop.set()
+        self._thread.join()
+        close = getattr(self._clips, "close", None)
+        if close is not None:
+            close()
+
+
+class _Turns:
+    """A lock that is granted in the order in which turns were drawn."""
+
+    def __init__(self) -> None:
+        self._condition = threading.Condition()
+        self._drawn = 0
+        self._serving = 0
+        self._given_up: set[int] = set()
+
+    def draw(self) -> int:
+        with self._condition:
+            self._drawn += 1
+            return self._drawn - 1
+
+    def wait_for(self, turn: int) -> None:
+        with self._condition:
+            self._condition.wait_for(lambda: self._serving == turn)
+
+    def end(self, turn: int) -> None:
+        """Passes the lock on; also for a turn that was never taken."""
+        with self._condition:
+            if turn >= self._serving:
+                self._given_up.add(turn)
+            while self._serving in self._given_up:
+                self._given_up.remove(self._serving)
+                self._serving += 1
+            self._condition.notify_all()
+
+
+class EncodeActor:
+    """One encoder on one GPU, a fraction of one, or a group of CPU cores. Wrapped by `ray.remote` in `run`."""
+
+    def __init__(self, config: JobConfig, name: str) -> None:
+        self._config = config
+        self._name = name
+        self._lock = threading.Lock()
+        self._turns = _Turns()
+        self._encoder: ClipEncoder | None = None
+        self._decode_pool: DecodePool | None = None
+        self._store: ObjectStore = open_store(config.run.output)
+        self._room = _make_room()
+
+    def __repr__(self) -> str:
+        return f"encoder[{self._name}]"
+
+    def start(self) -> WorkerFacts:
+        """Loads the model and starts the decode children, once; cheap after that.
+
+        Raises:
+            UsageError: the model cannot be loaded.
+            DecodeChildError: decode children cannot be started here.
+        """
+        with self._lock:
+            if self._encoder is None:
+                device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+                cores = self._config.encoding.cpus_on(device.type)
+                torch.set_num_threads(cores)
+                limits = self._config.decode
+                self._decode_pool = DecodePool(self._config.encoding, limits, limits.decode_processes or cores)
+                self._encoder = ClipEncoder(self._config.encoding, device)
+        return self._facts()
+
+    def _facts(self) -> WorkerFacts:
+        assert self._encoder is not None and self._decode_pool is not None, "start() has not run"
+        device = self._encoder.device
+        return WorkerFacts(
+            model=self._encoder.facts,
+            device_type=device.type,
+            device_name=torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
+            decoders=decoder_versions(),
+            sandbox=self._decode_pool.sandbox_report(),
+            versions={"latentmill": pipeline.__version__, "torch": torch.__version__},
+            node=platform.node(),
+            pid=os.getpid(),
+        )
+
+    def process(self, spec: ShardSpec, manifest: DatasetManifest) -> ShardReport:
+        """Encodes one shard and commits it, or finds that it is committed.
+
+        Raises:
+            StorageError: input or output could not be read or written; the shard is undecided and may be tried again.
+            UsageError: the model cannot be loaded, or is not the one of the manifest.
+        """
+        turn = self._turns.draw()
+        try:
+            done = read_commit(self._store, spec.shard_id)
+            if done is not None:
+                return _done_already(done)
+            facts = self.start()
+            assert facts.model.weights_sha256 == manifest.model.weights_sha256, "driver and actor differ in the model"
+            return self._attempt(spec, manifest, turn)
+        finally:
+            self._turns.end(turn)
+
+    def _attempt(self, spec: ShardSpec, manifest: DatasetManifest, turn: int) -> ShardReport:
+        assert self._decode_pool is not None, "start() has not run"
+        encoding = self._config.encoding
+        videos = _Counted(iterate_videos(spec, self._store, encoding, self._config.decode))
+        largest = max(bucket.num_bytes for bucket in encoding.buckets)
+        ahead = _DecodeAhead(self._decode_pool.decode(videos), largest)
+        directory = Path(tempfile.mkdtemp(dir=self._room))
+        try:
+            self._turns.wait_for(turn)
+            encoded = self._encode(spec, manifest, ahead, directory)
+            self._turns.end(turn)
+            started = time.perf_counter()
+            files = tuple(
+                put_data_file(self._store, f.path, shard_id=spec.shard_id, content=f.content, num_rows=f.num_rows)
+                for f in encoded.files
+            )
+            uploaded = time.perf_counter()
+            commit = _new_commit(spec, manifest, files, encoded.counts)
+            outcome = commit_shard(self._store, commit)
+            timings_s = {**encoded.timings_s, "upload": uploaded - started, "commit": time.perf_counter() - uploaded}
+        finally:
+            ahead.close()
+            shutil.rmtree(directory, ignore_errors=True)
+        return ShardReport(
+            shard_id=spec.shard_id,
+            outcome=outcome,
+            counts=commit.counts,
+            num_bytes_in=videos.num_bytes,
+            num_bytes_out=sum(f.num_bytes for f in files),
+            timings_s=timings_s,
+            busy_share=encoded.busy_share,
+        )
+
+    def _encode(self, spec: ShardSpec, manifest: DatasetManifest, ahead: _DecodeAhead, directory: Path) -> _Encoded:
+        assert self._encoder is not None, "start() has not run"
+        account = _Account()
+        write_s = 0.0
+        busy_before_s = self._encoder.busy_s
+        started = time.perf_counter()
+        with ShardWriter(directory, spec.shard_id, manifest, self._config.encoding.format) as writer:
+            for entry in self._encoder.encode(ahead):
+                write_started = time.perf_counter()
+                if isinstance(entry, ClipFailure):
+                    account.reject(entry)
+                    writer.reject(entry)
+                else:
+                    account.accept(entry)
+                    writer.write(entry)
+                write_s += time.perf_counter() - write_started
+            write_started = time.perf_counter()
+            files = writer.finish()
+            write_s += time.perf_counter() - write_started
+        encode_s = self._encoder.busy_s - busy_before_s
+        return _Encoded(
+            files=files,
+            counts=account.counts(),
+            timings_s={"decode": ahead.decode_s, "wait": ahead.wait_s, "encode": encode_s, "write": write_s},
+            busy_share=encode_s / max(1e-9, time.perf_counter() - started),
+        )
+
+    def stop(self) -> None:
+        """Ends the decode children and removes the temporary files of this actor."""
+        if self._decode_pool is not None:
+            self._decode_pool.close()
+        shutil.rmtree(self._room, ignore_errors=True)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Encoded:
+    """A shard on local disk, before the first byte of it is uploaded."""
+
+    files: tuple[WrittenFile, ...]
+    counts: ShardCounts
+    timings_s: Mapping[str, float]
+    busy_share: float
+
+
+class _Counted:
+    """Passes videos on and adds up the bytes of their files."""
+
+    def __init__(self, videos: Iterator[SourceVideo | ClipFailure]) -> None:
+        self.num_bytes = 0
+        self._videos = videos
+
+    def __iter__(self) -> Iterator[SourceVideo | ClipFailure]:
+        for video in self._videos:
+            if isinstance(video, SourceVideo):
+                self.num_bytes += video.num_bytes
+            yield video
+
+
+def _new_commit(
+    spec: ShardSpec, manifest: DatasetManifest, files: tuple[FileStat, ...], counts: ShardCounts
+) -> Commit:
+    return Commit(
+        shard_id=spec.shard_id,
+        generation=0,
+        nonce=uuid.uuid4().hex,
+        fingerprint=manifest.fingerprint,
+        source_uri=spec.source_uri,
+        source_size_bytes=spec.source_size_bytes,
+        source_etag=spec.source_etag,
+        files=files,
+        counts=counts,
+        format_version=FORMAT_VERSION,
+        code_version=pipeline.__version__,
+        created_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    )
+
+
+def _done_already(commit: Commit) -> ShardReport:
+    return ShardReport(
+        shard_id=commit.shard_id,
+        outcome="already_done",
+        counts=commit.counts,
+        num_bytes_in=0,
+        num_bytes_out=0,
+        timings_s={},
+        busy_share=0.0,
+    )
+
+
+def _make_room() -> Path:
+    """A private folder for this process's temporary files; those of dead processes are removed on the way.
+
+    A killed actor cannot clean up after itself. The process id with its start time names the owner, so that a
+    recycled id is not taken for a living one.
+    """
+    parent = Path(tempfile.gettempdir())
+    for left in parent.glob(f"{_ROOM_PREFIX}*"):
+        pid, started, _ = [*left.name.removeprefix(_ROOM_PREFIX).split("-"), "", ""][:3]
+        if not _is_running(pid, started):
+            shutil.rmtree(left, ignore_errors=True)
+    me = psutil.Process()
+    return Path(tempfile.mkdtemp(prefix=f"{_ROOM_PREFIX}{me.pid}-{me.create_time():.0f}-", dir=parent))
+
+
+def _is_running(pid: str, started: str) -> bool:
+    try:
+        return f"{psutil.Process(int(pid)).create_time():.0f}" == started
+    except (psutil.NoSuchProcess, ValueError):
+        return False
+    except psutil.AccessDenied:
+        return True

@@ -1,0 +1,256 @@
+"""Clips to latents and latents back to pictures: the one door to `cvvae`.
+
+Not where batches are waited for, and not where latents are written: it takes an iterator of clips and gives an iterator
+of records. `actors` encodes with it; previews, the demo and quality checks decode with it.
+
+The bytes of a record depend on the clip, the model and the configuration, never on a neighbour: on a CPU every clip is
+a batch of its own; on a GPU every batch of a bucket has the same size, short ones padded with zeros.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+import cvvae
+from pipeline.config import EncodingConfig
+from pipeline.errors import UsageError
+from pipeline.records import Bucket, Clip, ClipFailure, LatentRecord, ModelFacts
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_REFERENCE_PICTURE_PX = 256 * 256
+
+
+def batch_size(bucket: Bucket, batch_frames: int, device_type: str) -> int:
+    """Clips of one encoder call: 1 on a CPU; on a GPU so many that pixels stay near `batch_frames` at 256x256."""
+    if device_type == "cpu":
+        return 1
+    pixels = bucket.width_px * bucket.height_px * bucket.num_frames
+    return max(1, batch_frames * _REFERENCE_PICTURE_PX // pixels)
+
+
+def load_model(encoding: EncodingConfig, device: torch.device) -> cvvae.CVVAE:
+    """The VAE that the configuration names, on the device, in the dtype it computes in.
+
+    Raises:
+        UsageError: no such model, a checkpoint with missing or left-over keys, a chunk or tile it cannot take.
+    """
+    dtype = _DTYPES[encoding.compute_dtype_on(device.type)]
+    try:
+        vae = cvvae.load(encoding.model, encoding.subfolder, torch_dtype=dtype, revision=encoding.revision)
+    except (cvvae.CheckpointError, OSError, ValueError) as error:
+        raise UsageError(f"--model {encoding.model}: {error}") from error
+    vae.set_chunking(encoding.chunk_frames, encoding.tile_px)
+    return vae.to(device).eval().requires_grad_(False)
+
+
+def model_facts(vae: cvvae.CVVAE, encoding: EncodingConfig) -> ModelFacts:
+    """What the output says about the model."""
+    return ModelFacts(
+        model=encoding.model if encoding.subfolder is None else f"{encoding.model}/{encoding.subfolder}",
+        revision=vae.revision,
+        weights_sha256=vae.weights_sha256,
+        is_trained=vae.is_trained,
+        scaling_factor=vae.scaling_factor,
+        shift_factor=vae.shift_factor,
+        latent_channels=vae.latent_channels,
+        temporal_compression=vae.temporal_compression,
+        spatial_compression=vae.spatial_compression,
+    )
+
+
+def pixels_to_input(frames: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """uint8 `(B, T, H, W, 3)` in 0..255 -> `(B, 3, T, H, W)` in [-1, 1], on the device of the input."""
+    return frames.permute(0, 4, 1, 2, 3).to(torch.float32).div_(127.5).sub_(1.0).to(dtype)
+
+
+def output_to_pixels(video: torch.Tensor) -> npt.NDArray[np.uint8]:
+    """`(3, T, H, W)` about [-1, 1] -> uint8 `(T, H, W, 3)`, rounded, not truncated."""
+    pixels = video.to(torch.float32).add(1.0).mul(127.5).round().clamp(0, 255).to(torch.uint8)
+    return np.asarray(pixels.permute(1, 2, 3, 0).contiguous().cpu().numpy())
+
+
+@dataclass(slots=True)
+class _Staging:
+    """A pinned host buffer for one batch and the event after which it may be written again."""
+
+    host: torch.Tensor
+    free: torch.cuda.Event
+
+
+@dataclass(frozen=True, slots=True)
+class _Pending:
+    """A batch on its way: moments `(B, 2C, t, h, w)` on the host once `done` has passed (None: already there)."""
+
+    clips: Sequence[Clip]
+    moments: torch.Tensor
+    done: torch.cuda.Event | None
+
+
+class ClipEncoder:
+    """Encodes the clips of a shard, one caller at a time.
+
+    On a GPU the next batch is copied and started before the last one is read back: uploads run on a stream of their
+    own from pinned memory, results return to pinned memory, and the host waits for one event per batch.
+
+    Attributes:
+        busy_s: seconds spent in the encoder since the start (on a GPU: host time from submission to result).
+    """
+
+    def __init__(self, encoding: EncodingConfig, device: torch.device) -> None:
+        self.device = device
+        self.busy_s = 0.0
+        self._encoding = encoding
+        self._dtype = _DTYPES[encoding.compute_dtype_on(device.type)]
+        self._store_dtype = _DTYPES[encoding.store_dtype]
+        self._vae = load_model(encoding, device)
+        self.facts = model_facts(self._vae, encoding)
+        self._staging: dict[Bucket, list[_Staging]] = {}
+        self._copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def encode(self, clips: Iterable[Clip | ClipFailure]) -> Iterator[LatentRecord | ClipFailure]:
+        """Records in the order in which batches fill; failures in the input pass through at once.
+
+        Yields:
+            one LatentRecord or one ClipFailure (`nonfinite_latent`, `encode_error`) for every clip.
+        """
+        waiting: dict[Bucket, list[Clip]] = {}
+        pending: list[_Pending] = []
+        for clip in clips:
+            if isinstance(clip, ClipFailure):
+                yield clip
+                continue
+            batch = waiting.setdefault(clip.bucket, [])
+            batch.append(clip)
+            if len(batch) == batch_size(clip.bucket, self._encoding.batch_frames, self.device.type):
+                yield from self._advance(waiting.pop(clip.bucket), pending)
+        for bucket in sorted(waiting):
+            yield from self._advance(waiting[bucket], pending)
+        while pending:
+            yield from self._collect(pending.pop(0))
+
+    def _advance(self, batch: Sequence[Clip], pending: list[_Pending]) -> Iterator[LatentRecord | ClipFailure]:
+        started = time.perf_counter()
+        try:
+            pending.append(self._submit(batch))
+        except torch.cuda.OutOfMemoryError as error:
+            raise UsageError(
+                f"the GPU ran out of memory on a batch of {len(batch)} clips of {batch[0].bucket}; lower --batch-frames "
+                f"(now {self._encoding.batch_frames}), give --tile-px, or give the actor a larger share of the GPU"
+            ) from error
+        except RuntimeError as error:
+            # After most CUDA errors the context is lost and every later clip would fail too: that ends the attempt.
+            if self.device.type == "cuda":
+                raise
+            yield from (_failure(clip, "encode_error", f"the encoder failed: {error}") for clip in batch)
+        finally:
+            self.busy_s += time.perf_counter() - started
+        depth = 1 if self.device.type == "cuda" else 0
+        while len(pending) > depth:
+            yield from self._collect(pending.pop(0))
+
+    @torch.inference_mode()
+    def _submit(self, batch: Sequence[Clip]) -> _Pending:
+        if self._copy_stream is None:
+            frames = torch.from_numpy(np.stack([clip.frames for clip in batch]))
+            return _Pending(batch, self._moments(frames), None)
+        staging = self._staging_for(batch[0].bucket)
+        staging.free.synchronize()
+        for index, clip in enumerate(batch):
+            staging.host[index].copy_(torch.from_numpy(clip.frames))
+        staging.host[len(batch) :].zero_()
+        compute = torch.cuda.current_stream(self.device)
+        with torch.cuda.stream(self._copy_stream):
+            frames = staging.host.to(self.device, non_blocking=True)
+            staging.free.record(self._copy_stream)
+        compute.wait_stream(self._copy_stream)
+        # The caching allocator must not hand this memory out again while the compute stream still reads it.
+        frames.record_stream(compute)
+        moments = self._moments(frames)
+        host = torch.empty(moments.shape, dtype=moments.dtype, pin_memory=True)
+        host.copy_(moments, non_blocking=True)
+        done = torch.cuda.Event()
+        done.record(compute)
+        return _Pending(batch, host, done)
+
+    def _staging_for(self, bucket: Bucket) -> _Staging:
+        slots = self._staging.get(bucket)
+        if slots is None:
+            size = batch_size(bucket, self._encoding.batch_frames, self.device.type)
+            shape = (size, bucket.num_frames, bucket.height_px, bucket.width_px, 3)
+            slots = [
+                _Staging(torch.empty(shape, dtype=torch.uint8, pin_memory=True), torch.cuda.Event()) for _ in range(2)
+            ]
+            self._staging[bucket] = slots
+        slots.append(slots.pop(0))
+        return slots[-1]
+
+    def _moments(self, frames: torch.Tensor) -> torch.Tensor:
+        posterior = self._vae.encode(pixels_to_input(frames, self._dtype)).latent_dist
+        parts = [posterior.mean] if self._encoding.store == "mean" else [posterior.mean, posterior.logvar]
+        return torch.cat([part.to(self._store_dtype) for part in parts], dim=1)
+
+    def _collect(self, batch: _Pending) -> Iterator[LatentRecord | ClipFailure]:
+        started = time.perf_counter()
+        if batch.done is not None:
+            batch.done.synchronize()
+        self.busy_s += time.perf_counter() - started
+        for clip, moments in zip(batch.clips, batch.moments.numpy(), strict=False):
+            num_bad = int(moments.size - np.isfinite(moments).sum())
+            if num_bad:
+                dtypes = f"{self._encoding.compute_dtype_on(self.device.type)}, stored as {self._encoding.store_dtype}"
+                text = f"{num_bad} of {moments.size} latent values are NaN or infinite (computed in {dtypes})"
+                yield _failure(clip, "nonfinite_latent", text)
+            else:
+                yield _record(clip, moments, self._encoding.store)
+
+
+def _failure(clip: Clip, reason: str, message: str) -> ClipFailure:
+    return ClipFailure(
+        key=clip.key,
+        clip_index=clip.clip_index,
+        step="encode",
+        reason=reason,
+        message=message,
+        source_uri=clip.source_uri,
+    )
+
+
+def _record(clip: Clip, moments: npt.NDArray[np.floating], store: str) -> LatentRecord:
+    num_channels = moments.shape[0] if store == "mean" else moments.shape[0] // 2
+    return LatentRecord(
+        key=clip.key,
+        clip_index=clip.clip_index,
+        mean=moments[:num_channels],
+        logvar=None if store == "mean" else moments[num_channels:],
+        bucket=clip.bucket,
+        caption=clip.caption,
+        fields=clip.fields,
+        fps=clip.fps,
+        start_s=clip.start_s,
+        end_s=clip.end_s,
+        crop=clip.crop,
+        facts=clip.facts,
+        source_uri=clip.source_uri,
+    )
+
+
+class LatentDecoder:
+    """Decodes stored latents to pictures, for previews and quality checks."""
+
+    def __init__(self, encoding: EncodingConfig, device: torch.device) -> None:
+        self._vae = load_model(encoding, device)
+        self._device = device
+        self._dtype = _DTYPES[encoding.compute_dtype_on(device.type)]
+        self.facts = model_facts(self._vae, encoding)
+
+    @torch.inference_mode()
+    def decode(self, mean: npt.NDArray[np.floating]) -> npt.NDArray[np.uint8]:
+        """Unscaled posterior mean `(C, t, h, w)` -> uint8 `(1+4(t-1), 8h, 8w, 3)` in 0..255."""
+        latent = torch.from_numpy(np.ascontiguousarray(mean)).to(self._device, self._dtype)
+        return output_to_pixels(self._vae.decode(latent.unsqueeze(0)).sample[0])
