@@ -20,7 +20,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -32,6 +32,7 @@ from pipeline.codec import ClipEncoder
 from pipeline.commit import commit_shard, put_data_file, read_commit
 from pipeline.config import JobConfig
 from pipeline.decode import DecodePool, decoder_versions
+from pipeline.errors import UsageError
 from pipeline.format import FORMAT_VERSION, ShardWriter, WrittenFile
 from pipeline.records import (
     Clip,
@@ -239,7 +240,8 @@ class EncodeActor:
         return self._facts()
 
     def _facts(self) -> WorkerFacts:
-        assert self._encoder is not None and self._decode_pool is not None, "start() has not run"
+        assert self._encoder is not None, "start() has not run"
+        assert self._decode_pool is not None, "start() has not run"
         device = self._encoder.device
         return WorkerFacts(
             model=self._encoder.facts,
@@ -257,18 +259,32 @@ class EncodeActor:
 
         Raises:
             StorageError: input or output could not be read or written; the shard is undecided and may be tried again.
-            UsageError: the model cannot be loaded, or is not the one of the manifest.
+            UsageError: the model cannot be loaded, or this worker differs from the one that opened the dataset.
         """
         turn = self._turns.draw()
         try:
             done = read_commit(self._store, spec.shard_id)
             if done is not None:
                 return _done_already(done)
-            facts = self.start()
-            assert facts.model.weights_sha256 == manifest.model.weights_sha256, "driver and actor differ in the model"
+            self._refuse_other_worker(self.start(), manifest)
             return self._attempt(spec, manifest, turn)
         finally:
             self._turns.end(turn)
+
+    def _refuse_other_worker(self, facts: WorkerFacts, manifest: DatasetManifest) -> None:
+        """A node with another model file, decoder or device would write other bytes than its neighbours."""
+        fixed = manifest.fingerprint_fields
+        differing = {
+            "model weights": (manifest.model.weights_sha256, facts.model.weights_sha256),
+            "device": (fixed["device_type"], facts.device_type),
+            "decoders": (fixed["decoders"], dict(facts.decoders)),
+        }
+        for what, (wanted, found) in differing.items():
+            if wanted != found:
+                raise UsageError(
+                    f"the {what} of node {facts.node} are {found!r}, those of the dataset {wanted!r}: give every node "
+                    "the same installation and model, and a dataset one kind of device"
+                )
 
     def _attempt(self, spec: ShardSpec, manifest: DatasetManifest, turn: int) -> ShardReport:
         assert self._decode_pool is not None, "start() has not run"
@@ -283,7 +299,10 @@ class EncodeActor:
             self._turns.end(turn)
             started = time.perf_counter()
             files = tuple(
-                put_data_file(self._store, f.path, shard_id=spec.shard_id, content=f.content, num_rows=f.num_rows)
+                replace(
+                    put_data_file(self._store, f.path, shard_id=spec.shard_id, content=f.content, num_rows=f.num_rows),
+                    bucket_rows=f.bucket_rows,
+                )
                 for f in encoded.files
             )
             uploaded = time.perf_counter()
@@ -361,9 +380,7 @@ class _Counted:
             yield video
 
 
-def _new_commit(
-    spec: ShardSpec, manifest: DatasetManifest, files: tuple[FileStat, ...], counts: ShardCounts
-) -> Commit:
+def _new_commit(spec: ShardSpec, manifest: DatasetManifest, files: tuple[FileStat, ...], counts: ShardCounts) -> Commit:
     return Commit(
         shard_id=spec.shard_id,
         generation=0,

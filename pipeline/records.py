@@ -234,13 +234,17 @@ class LatentRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FileStat:
-    """A data file as it was written: its key relative to the output root, its bytes, its digest, its rows."""
+    """A data file as it was written: its key relative to the output root, its bytes, its digest, its rows.
+
+    `bucket_rows` has the rows of each bucket: readers plan an epoch from commit records alone, opening no file.
+    """
 
     key: str
     num_bytes: int
     sha256: str
     num_rows: int
     content: Literal["parquet", "webdataset", "rejected"]
+    bucket_rows: Mapping[str, int] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

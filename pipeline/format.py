@@ -1,0 +1,663 @@
+"""The files of an output: what a row holds, how it becomes bytes, and how it is read back.
+
+Not where files go or when they count (that is `storage` and `commit`). `actors` writes with `ShardWriter`; `dataset`,
+`audit` and `export` read with `open_records` and `read_records`. Readers without Latentmill need nothing from here:
+Parquet and tar files are plain, and `COLUMNS` below is their description.
+
+Two forms of the same rows:
+
+* **Parquet**, one row per clip. `latent` holds the values as little-endian bytes in C order, `latent_shape` and
+  `latent_dtype` say how to look at them. With kind "moments" the first half of the channels is the mean, the second
+  half the log-variance: shape (2C, t, h, w). Latents are *unscaled*; the diffusion model's latent is
+  `scaling_factor * (mean - shift_factor)`, and both numbers stand in the schema metadata with `model`, `revision`
+  ("" if none), `weights_sha256`, `is_trained`, `fingerprint`, `format_version` and the VAE's compression, all as text.
+* **WebDataset**, a tar with the members KEY_000.latent.npy (kind "moments": KEY_000.mean.npy and KEY_000.logvar.npy),
+  KEY_000.json (the columns of the row but `latent`, `extra` as an object, and under `latentmill` what Parquet has in
+  the schema metadata) and KEY_000.txt (the caption, UTF-8). 000 is the clip index. WebDataset ends a key at its first
+  dot, so in member names every character of a key that is no letter, digit, "_" or "-" is written as %XX of its UTF-8
+  bytes; `urllib.parse.unquote` turns it back, and the JSON has the key as it is.
+
+Rejections are Parquet with the columns of `REJECTION_COLUMNS`. A shard without records has no data file, one without
+rejections no rejection file. The same records in the same order give the same bytes (with one version of pyarrow).
+
+Columns and JSON fields of the input pass through: typed columns under their own names, or under `source_` + name
+(again, until it is free) where the name, whatever its case, is a column of ours. A value that does not fit its column,
+or has none, is kept in `extra`; numbers that JSON does not know are kept there as "NaN", "Infinity", "-Infinity".
+
+Format history: 1 is the first.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import re
+import tarfile
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, cast
+from urllib.parse import unquote
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.errors import DamagedObjectError
+from pipeline.records import ClipFailure, DatasetManifest, LatentRecord, Step
+
+FORMAT_VERSION = 1
+
+Content = Literal["parquet", "webdataset", "rejected"]
+OutputFormat = Literal["parquet", "webdataset", "both"]
+
+_INT_LIST = pa.list_(pa.field("element", pa.int32(), nullable=False))
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """A column of the output: its name, Arrow type, whether it may be null, and what it means."""
+
+    name: str
+    type: pa.DataType
+    nullable: bool
+    meaning: str
+
+
+COLUMNS = (
+    Column("key", pa.string(), False, "key of the source video, unique in the shard"),
+    Column("clip_index", pa.int32(), False, "number of the clip in its video, from 0"),
+    Column("caption", pa.string(), False, "caption of the video as given, empty if none"),
+    Column("latent", pa.binary(), False, "unscaled posterior, little-endian, C order"),
+    Column("latent_shape", _INT_LIST, False, "(C, t, h, w); kind moments: (2C, t, h, w), mean then log-variance"),
+    Column("latent_dtype", pa.string(), False, "float16 or float32"),
+    Column("kind", pa.string(), False, "mean or moments"),
+    Column("num_frames", pa.int32(), False, "frames of the clip that were encoded, 1 + 4k"),
+    Column("latent_num_frames", pa.int32(), False, "frames of the latent, t = 1 + k"),
+    Column("width", pa.int32(), False, "width of the encoded picture in pixels"),
+    Column("height", pa.int32(), False, "height of the encoded picture in pixels"),
+    Column("fps", pa.float64(), True, "frames per second of the clip as encoded; null for images"),
+    Column("source_fps", pa.float64(), True, "frames per second of the source; null for images"),
+    Column("source_width", pa.int32(), False, "width of the source picture in pixels, after rotation"),
+    Column("source_height", pa.int32(), False, "height of the source picture in pixels, after rotation"),
+    Column("source_num_frames", pa.int64(), False, "frames of the source video"),
+    Column("clip_start_s", pa.float64(), False, "start of the clip in the source in seconds; 0 for images"),
+    Column("clip_end_s", pa.float64(), False, "end of the clip in the source in seconds, exclusive; 0 for images"),
+    Column("crop", _INT_LIST, False, "(x, y, width, height) in source pixels that the clip shows"),
+    Column("bucket", pa.string(), False, "WIDTHxHEIGHTxFRAMES in pixels and frames"),
+    Column("source_uri", pa.string(), False, "where the video came from; of a tar: tar URI#member"),
+    Column("decoder", pa.string(), False, "name and version of the decoder that made the pixels"),
+)
+EXTRA = Column("extra", pa.string(), True, "JSON object of input fields that have no fitting column; null if none")
+REJECTION_COLUMNS = (
+    Column("key", pa.string(), False, "key of the source video; * for the unread rest of a damaged shard"),
+    Column("clip_index", pa.int32(), True, "number of the rejected clip; null: the whole video"),
+    Column("step", pa.string(), False, "source, decode or encode"),
+    Column("reason", pa.string(), False, "reason code, from a closed list"),
+    Column("message", pa.string(), False, "one sentence for people"),
+    Column("source_uri", pa.string(), False, "where the video came from"),
+)
+_PASSTHROUGH_TYPES = {"bool": pa.bool_(), "int64": pa.int64(), "float64": pa.float64(), "string": pa.string()}
+_FACTS_NAME = "latentmill"
+_OUR_NAMES = frozenset(column.name for column in (*COLUMNS, EXTRA)) | {_FACTS_NAME}
+_LATENT_DTYPES: Mapping[str, np.dtype[Any]] = {"float16": np.dtype("<f2"), "float32": np.dtype("<f4")}
+
+_ROW_GROUP_BYTES = 32 << 20
+_ZSTD_LEVEL = 3
+# Rows that weigh next to nothing must not pile up for ever either: rejections, and latents of tiny pictures.
+_ROW_GROUP_ROWS = 16384
+
+
+def column_name(field_name: str) -> str:
+    """The output column that a column or JSON field of the input passes through to.
+
+    The comparison with our names ignores case, because DuckDB and Spark do.
+    """
+    name = field_name
+    while name.lower() in _OUR_NAMES:
+        name = f"source_{name}"
+    return name
+
+
+def schema(manifest: DatasetManifest) -> pa.Schema:
+    """The Arrow schema of the Parquet files of an output, schema metadata included."""
+    passthrough = [pa.field(name, _PASSTHROUGH_TYPES[kind]) for name, kind in sorted(manifest.passthrough.items())]
+    fields = [pa.field(c.name, c.type, nullable=c.nullable) for c in COLUMNS]
+    extra = pa.field(EXTRA.name, EXTRA.type)
+    return pa.schema([*fields, *passthrough, extra], metadata=_texts(_facts(manifest)))
+
+
+def rejection_schema(manifest: DatasetManifest) -> pa.Schema:
+    """The Arrow schema of the rejection files of an output."""
+    facts = {"format_version": FORMAT_VERSION, "fingerprint": manifest.fingerprint}
+    return pa.schema([pa.field(c.name, c.type, nullable=c.nullable) for c in REJECTION_COLUMNS], metadata=_texts(facts))
+
+
+def _facts(manifest: DatasetManifest) -> dict[str, object]:
+    model = manifest.model
+    return {
+        "format_version": FORMAT_VERSION,
+        "model": model.model,
+        "revision": model.revision,
+        "weights_sha256": model.weights_sha256,
+        "is_trained": model.is_trained,
+        "scaling_factor": float(model.scaling_factor),
+        "shift_factor": float(model.shift_factor),
+        "latent_channels": model.latent_channels,
+        "temporal_compression": model.temporal_compression,
+        "spatial_compression": model.spatial_compression,
+        "fingerprint": manifest.fingerprint,
+    }
+
+
+def _texts(facts: Mapping[str, object]) -> dict[str, str]:
+    def text(value: object) -> str:
+        if value is None:
+            return ""
+        return value if isinstance(value, str) else json.dumps(value)
+
+    return {name: text(value) for name, value in facts.items()}
+
+
+def encode_latent(latent: npt.NDArray[np.floating], dtype: str) -> bytes:
+    """The bytes of the column `latent`: little-endian, C order."""
+    return np.ascontiguousarray(latent, dtype=_LATENT_DTYPES[dtype]).tobytes()
+
+
+def decode_latent(data: Any, shape: Sequence[int], dtype: str) -> npt.NDArray[np.floating]:
+    """The array of a `latent` value, a read-only view of `data` where that is bytes or an Arrow buffer.
+
+    Args:
+        data: anything with the buffer protocol.
+        shape: the row's `latent_shape`.
+        dtype: the row's `latent_dtype`.
+
+    Raises:
+        DamagedObjectError: the dtype is unknown, or the number of bytes is not that of the shape.
+    """
+    if dtype not in _LATENT_DTYPES:
+        raise DamagedObjectError(f"latent_dtype is {dtype!r}; allowed are {', '.join(_LATENT_DTYPES)}")
+    little = _LATENT_DTYPES[dtype]
+    num_bytes, expected = memoryview(data).nbytes, math.prod(shape) * little.itemsize
+    if num_bytes != expected:
+        raise DamagedObjectError(f"a latent of shape {tuple(shape)} {dtype} has {num_bytes} bytes, not {expected}")
+    return np.frombuffer(data, dtype=little).reshape(tuple(shape))
+
+
+def member_key(key: str, clip_index: int) -> str:
+    """The WebDataset key of a clip, `KEY_000`, with the key escaped as the head of this module says."""
+    escaped = re.sub(r"[^\w-]", lambda match: "".join(f"%{byte:02X}" for byte in match[0].encode()), key)
+    return f"{escaped}_{clip_index:03d}"
+
+
+def split_member_key(name: str) -> tuple[str, int]:
+    """The key and the clip index that `member_key` was made of."""
+    escaped, _, number = name.rpartition("_")
+    return unquote(escaped), int(number)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WrittenFile:
+    """A finished file on local disk, before it is uploaded.
+
+    Attributes:
+        bucket_rows: rows per bucket; goes into the commit record, so that readers plan an epoch without opening files.
+    """
+
+    path: Path
+    content: Content
+    num_rows: int
+    bucket_rows: Mapping[str, int] = field(default_factory=dict)
+
+
+class ShardWriter:
+    """Writes the records and rejections of one shard as they come; memory stays near one row group.
+
+    A context manager. Files appear under their names when `finish` has closed them; leaving without `finish` removes
+    them, so that an interrupted file never looks like a whole one.
+
+    Args:
+        directory: an existing folder for the files.
+        shard_id: the stem of their names.
+        manifest: what the rows must agree with, and the schema metadata.
+        output_format: "parquet", "webdataset" or "both".
+    """
+
+    def __init__(self, directory: Path, shard_id: str, manifest: DatasetManifest, output_format: str) -> None:
+        assert output_format in ("parquet", "webdataset", "both"), f"output format {output_format!r} is unknown"
+        self._directory = directory
+        self._shard_id = shard_id
+        self._manifest = manifest
+        self._contents: tuple[Content, ...] = (
+            ("parquet", "webdataset") if output_format == "both" else (cast(Content, output_format),)
+        )
+        self._files: dict[Content, _ParquetFile | _TarFile] = {}
+        self._seen: set[tuple[str, int]] = set()
+        self._bucket_rows: Counter[str] = Counter()
+        self._is_finished = False
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not self._is_finished:
+            for file in self._files.values():
+                file.discard()
+
+    def write(self, record: LatentRecord) -> None:
+        """Adds a record.
+
+        Raises:
+            AssertionError: the record does not fit the manifest, repeats a (key, clip_index), or has text that is no
+                valid Unicode; all of these are settled upstream.
+        """
+        self._check(record)
+        row = _row(record, self._manifest)
+        self._bucket_rows[str(record.bucket)] += 1
+        for content in self._contents:
+            self._file(content).add(row)
+
+    def reject(self, failure: ClipFailure) -> None:
+        """Adds a rejection of a video or a clip."""
+        self._file("rejected").add({c.name: getattr(failure, c.name) for c in REJECTION_COLUMNS})
+
+    def finish(self) -> tuple[WrittenFile, ...]:
+        """Closes the files: Parquet, tar, rejections, of these the ones that have rows."""
+        self._is_finished = True
+        written = []
+        for content in ("parquet", "webdataset", "rejected"):
+            file = self._files.get(content)
+            if file is not None:
+                buckets = {} if content == "rejected" else dict(sorted(self._bucket_rows.items()))
+                written.append(
+                    WrittenFile(path=file.close(), content=content, num_rows=file.num_rows, bucket_rows=buckets)
+                )
+        return tuple(written)
+
+    def _file(self, content: Content) -> _ParquetFile | _TarFile:
+        if content not in self._files:
+            suffix = {"parquet": ".parquet", "webdataset": ".tar", "rejected": ".rejected.parquet"}[content]
+            path = self._directory / (self._shard_id + suffix)
+            if content == "webdataset":
+                self._files[content] = _TarFile(path, self._manifest)
+            else:
+                make = schema if content == "parquet" else rejection_schema
+                self._files[content] = _ParquetFile(path, make(self._manifest))
+        return self._files[content]
+
+    def _check(self, record: LatentRecord) -> None:
+        name = f"shard {self._shard_id}, clip {record.clip_index} of {record.key!r}"
+        manifest = self._manifest
+        assert record.kind == manifest.kind, f"{name}: kind {record.kind} is not the dataset's {manifest.kind}"
+        for part in (record.mean, record.logvar):
+            assert part is None or part.dtype.name == manifest.latent_dtype, (
+                f"{name}: the latent is {part.dtype.name}, not the dataset's {manifest.latent_dtype}"
+            )
+            assert part is None or (part.ndim == 4 and part.shape == record.mean.shape), (
+                f"{name}: the latent has shape {part.shape}, not (C, t, h, w) like the mean {record.mean.shape}"
+            )
+        assert (record.key, record.clip_index) not in self._seen, f"{name}: written twice"
+        self._seen.add((record.key, record.clip_index))
+        for what, text in (("key", record.key), ("caption", record.caption), ("source_uri", record.source_uri)):
+            assert _is_unicode(text), f"{name}: the {what} holds a lone surrogate, which UTF-8 cannot keep: {text!r}"
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _row(record: LatentRecord, manifest: DatasetManifest) -> dict[str, Any]:
+    """All columns of a record by name; `latent` still as an array and `extra` as a dictionary."""
+    latent = record.mean if record.logvar is None else np.concatenate([record.mean, record.logvar])
+    row: dict[str, Any] = {
+        "key": record.key,
+        "clip_index": record.clip_index,
+        "caption": record.caption,
+        "latent": latent,
+        "latent_shape": list(latent.shape),
+        "latent_dtype": manifest.latent_dtype,
+        "kind": manifest.kind,
+        "num_frames": record.bucket.num_frames,
+        "latent_num_frames": latent.shape[1],
+        "width": record.bucket.width_px,
+        "height": record.bucket.height_px,
+        "fps": record.fps,
+        "source_fps": record.facts.fps,
+        "source_width": record.facts.width_px,
+        "source_height": record.facts.height_px,
+        "source_num_frames": record.facts.num_frames,
+        "clip_start_s": record.start_s,
+        "clip_end_s": record.end_s,
+        "crop": list(record.crop),
+        "bucket": str(record.bucket),
+        "source_uri": record.source_uri,
+        "decoder": record.facts.decoder,
+    }
+    extra: dict[str, object] = {}
+    passed: dict[str, object] = dict.fromkeys(sorted(manifest.passthrough))
+    taken: set[str] = set()
+    # A field that has the very name of a column comes before one that is renamed to it.
+    for name in sorted(record.fields, key=lambda name: (column_name(name) != name, name)):
+        column, value = column_name(name), record.fields[name]
+        if column in passed and column not in taken and _fits(value, manifest.passthrough[column]):
+            passed[column] = value
+            taken.add(column)
+        else:
+            extra[name] = _json_safe(value)
+    return row | passed | {"extra": extra or None}
+
+
+def _fits(value: object, kind: str) -> bool:
+    """Whether a column of the kind keeps the value without loss."""
+    if value is None:
+        return True
+    if kind == "bool" or isinstance(value, bool):
+        return kind == "bool" and isinstance(value, bool)
+    if kind == "int64":
+        return isinstance(value, int) and -(2**63) <= value < 2**63
+    if kind == "float64":
+        if isinstance(value, int):
+            return abs(value) <= 2**53
+        return isinstance(value, float) and math.isfinite(value)
+    return isinstance(value, str) and _is_unicode(value)
+
+
+def _json_safe(value: object) -> object:
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    if isinstance(value, Mapping):
+        return {str(name): _json_safe(inner) for name, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_json_safe(inner) for inner in value]
+    return value
+
+
+def _json_text(value: object) -> str:
+    # ASCII escapes also carry the lone surrogates that JSON input may hold and UTF-8 may not.
+    return json.dumps(value, ensure_ascii=True, allow_nan=False)
+
+
+class _ParquetFile:
+    """One Parquet file in the making, a row group at a time."""
+
+    def __init__(self, path: Path, schema: pa.Schema) -> None:
+        self.num_rows = 0
+        self._path = path
+        self._partial = path.with_name(path.name + ".partial")
+        self._schema = schema
+        self._rows: list[dict[str, Any]] = []
+        self._num_bytes = 0
+        # A dictionary or minimum and maximum of latents and captions would only cost bytes.
+        unique = {"latent", "caption", "key", "message", "extra"}
+        repeated = [f.name for f in schema if f.name not in unique and pa.types.is_string(f.type)]
+        ordered = [f.name for f in schema if f.name not in unique - {"key"} and not pa.types.is_list(f.type)]
+        self._writer = pq.ParquetWriter(
+            self._partial,
+            schema,
+            version="2.6",
+            compression="zstd",
+            compression_level=_ZSTD_LEVEL,
+            use_dictionary=repeated,
+            write_statistics=ordered,
+            write_page_checksum=True,
+        )
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        stored = dict(row)
+        if "latent" in stored:
+            stored["latent"] = encode_latent(stored["latent"], stored["latent_dtype"])
+            self._num_bytes += len(stored["latent"])
+        if stored.get("extra") is not None:
+            stored["extra"] = _json_text(stored["extra"])
+        self._rows.append(stored)
+        self.num_rows += 1
+        if self._num_bytes >= _ROW_GROUP_BYTES or len(self._rows) >= _ROW_GROUP_ROWS:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._rows:
+            table = pa.Table.from_pylist(self._rows, schema=self._schema)
+            self._writer.write_table(table, row_group_size=len(self._rows))
+            self._rows.clear()
+            self._num_bytes = 0
+
+    def close(self) -> Path:
+        self._flush()
+        self._writer.close()
+        return self._partial.rename(self._path)
+
+    def discard(self) -> None:
+        self._writer.close()
+        self._partial.unlink(missing_ok=True)
+
+
+class _TarFile:
+    """One WebDataset tar in the making; the same members in the same order give the same bytes."""
+
+    def __init__(self, path: Path, manifest: DatasetManifest) -> None:
+        self.num_rows = 0
+        self._path = path
+        self._partial = path.with_name(path.name + ".partial")
+        self._facts = _facts(manifest)
+        self._tar = tarfile.open(self._partial, "w", format=tarfile.PAX_FORMAT)  # noqa: SIM115
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        name = member_key(row["key"], row["clip_index"])
+        latent = row["latent"]
+        if row["kind"] == "mean":
+            arrays = {"latent": latent}
+        else:
+            arrays = {"mean": latent[: len(latent) // 2], "logvar": latent[len(latent) // 2 :]}
+        columns = {column: value for column, value in row.items() if column != "latent"}
+        for part, array in arrays.items():
+            self._add(f"{name}.{part}.npy", _npy_bytes(array, row["latent_dtype"]))
+        self._add(f"{name}.json", _json_text(columns | {_FACTS_NAME: self._facts}).encode())
+        self._add(f"{name}.txt", row["caption"].encode())
+        self.num_rows += 1
+
+    def _add(self, name: str, data: bytes) -> None:
+        member = tarfile.TarInfo(name)  # its defaults are mtime 0, uid 0, gid 0, no names, mode 0644
+        member.size = len(data)
+        self._tar.addfile(member, io.BytesIO(data))
+
+    def close(self) -> Path:
+        self._tar.close()
+        return self._partial.rename(self._path)
+
+    def discard(self) -> None:
+        self._tar.close()
+        self._partial.unlink(missing_ok=True)
+
+
+def _npy_bytes(array: npt.NDArray[np.floating], dtype: str) -> bytes:
+    buffer = io.BytesIO()
+    little = np.ascontiguousarray(array, dtype=_LATENT_DTYPES[dtype])
+    np.lib.format.write_array(buffer, little, version=(1, 0), allow_pickle=False)
+    return buffer.getvalue()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredRecord:
+    """A row as it was read back.
+
+    Attributes:
+        latent: `(C, t, h, w)`, or `(2C, t, h, w)` of kind "moments"; read-only, unscaled.
+        columns: the columns that were asked for, `latent` excepted, by name; `extra` as a dictionary or None.
+    """
+
+    key: str
+    clip_index: int
+    kind: Literal["mean", "moments"]
+    latent: npt.NDArray[np.floating]
+    columns: Mapping[str, Any]
+
+    @property
+    def mean(self) -> npt.NDArray[np.floating]:
+        """`(C, t, h, w)`, the posterior mean."""
+        return self.latent if self.kind == "mean" else self.latent[: len(self.latent) // 2]
+
+    @property
+    def logvar(self) -> npt.NDArray[np.floating] | None:
+        """`(C, t, h, w)`, the log-variance of the posterior, or None of kind "mean"."""
+        return None if self.kind == "mean" else self.latent[len(self.latent) // 2 :]
+
+
+_ALWAYS_READ = ("key", "clip_index", "latent", "latent_shape", "latent_dtype", "kind")
+
+
+class RecordFile(ABC):
+    """A data file open for reading: rows in groups that are read at once.
+
+    Attributes:
+        group_rows: rows of each group; a Parquet file has its row groups, a tar one row per group.
+    """
+
+    group_rows: Sequence[int]
+
+    @property
+    def num_rows(self) -> int:
+        return sum(self.group_rows)
+
+    @abstractmethod
+    def read_columns(self, names: Sequence[str]) -> list[tuple[Any, ...]]:
+        """Some columns of every row, `latent` not among them, without reading latents."""
+
+    @abstractmethod
+    def read_group(self, group: int, columns: Sequence[str] | None = None) -> list[StoredRecord]:
+        """The rows of a group with all columns, or with the named ones.
+
+        Raises:
+            DamagedObjectError: bytes and columns of a row contradict each other.
+        """
+
+
+class _ParquetRecords(RecordFile):
+    def __init__(self, source: Any) -> None:
+        try:
+            self._file = pq.ParquetFile(source, page_checksum_verification=True)
+        except pa.ArrowInvalid as error:
+            raise DamagedObjectError(f"this is no readable Parquet file: {error}") from error
+        metadata = self._file.metadata
+        self.group_rows = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+
+    def read_columns(self, names: Sequence[str]) -> list[tuple[Any, ...]]:
+        table = self._file.read(columns=list(names))
+        return list(zip(*(table.column(name).to_pylist() for name in names), strict=True))
+
+    def read_group(self, group: int, columns: Sequence[str] | None = None) -> list[StoredRecord]:
+        names = None if columns is None else list(dict.fromkeys([*_ALWAYS_READ, *columns]))
+        table = self._file.read_row_group(group, columns=names)
+        latents = table.column("latent")
+        rows = table.drop_columns(["latent"]).to_pylist()
+        records = []
+        for row, latent in zip(rows, latents, strict=True):
+            if row.get("extra") is not None:
+                row["extra"] = json.loads(row["extra"])
+            array = decode_latent(latent.as_buffer(), row["latent_shape"], row["latent_dtype"])
+            records.append(_stored(row, array, columns))
+        return records
+
+
+class _TarRecords(RecordFile):
+    def __init__(self, source: Any) -> None:
+        self._source = pa.OSFile(str(source)) if isinstance(source, Path) else pa.BufferReader(source)
+        self._members: dict[str, dict[str, tuple[int, int]]] = {}
+        try:
+            with tarfile.open(fileobj=self._source, mode="r:") as tar:
+                for member in tar:
+                    name, _, extension = member.name.partition(".")
+                    self._members.setdefault(name, {})[extension] = (member.offset_data, member.size)
+            self._rows = [json.loads(self._read(members, "json")) for members in self._members.values()]
+        except (tarfile.TarError, ValueError) as error:
+            raise DamagedObjectError(f"this is no readable WebDataset tar: {error}") from error
+        self.group_rows = [1] * len(self._rows)
+        self._groups = list(self._members.values())
+
+    def _read(self, members: Mapping[str, tuple[int, int]], extension: str) -> bytes:
+        if extension not in members:
+            raise DamagedObjectError(f"a sample of the tar has no .{extension} member, only {', '.join(members)}")
+        offset, num_bytes = members[extension]
+        self._source.seek(offset)
+        return bytes(self._source.read(num_bytes))
+
+    def read_columns(self, names: Sequence[str]) -> list[tuple[Any, ...]]:
+        return [tuple(row[name] for name in names) for row in self._rows]
+
+    def read_group(self, group: int, columns: Sequence[str] | None = None) -> list[StoredRecord]:
+        row, members = self._rows[group], self._groups[group]
+        parts = ("latent",) if row["kind"] == "mean" else ("mean", "logvar")
+        arrays = [
+            np.lib.format.read_array(io.BytesIO(self._read(members, f"{part}.npy")), allow_pickle=False)
+            for part in parts
+        ]
+        latent = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+        if list(latent.shape) != row["latent_shape"] or latent.dtype.name != row["latent_dtype"]:
+            raise DamagedObjectError(
+                f"the latent of {row['key']!r} is {latent.shape} {latent.dtype.name}; its JSON says "
+                f"{tuple(row['latent_shape'])} {row['latent_dtype']}"
+            )
+        return [_stored(row, latent, columns)]
+
+
+def _stored(row: Mapping[str, Any], latent: npt.NDArray[np.floating], columns: Sequence[str] | None) -> StoredRecord:
+    return StoredRecord(
+        key=row["key"],
+        clip_index=row["clip_index"],
+        kind=row["kind"],
+        latent=latent,
+        columns=dict(row) if columns is None else {name: row.get(name) for name in columns},
+    )
+
+
+def open_records(source: Path | pa.Buffer | bytes, content: Content) -> RecordFile:
+    """A data file, given by its path or its bytes, open for reading.
+
+    Raises:
+        DamagedObjectError: the bytes are no file of that kind.
+    """
+    if content == "webdataset":
+        return _TarRecords(source)
+    return _ParquetRecords(source if isinstance(source, Path) else pa.BufferReader(source))
+
+
+def read_records(
+    source: Path | pa.Buffer | bytes, content: Content = "parquet", columns: Sequence[str] | None = None
+) -> Iterator[StoredRecord]:
+    """The rows of a data file in order, with all columns or with the named ones; memory stays near one row group.
+
+    Raises:
+        DamagedObjectError: the bytes are no file of that kind, or contradict themselves.
+    """
+    file = open_records(source, content)
+    for group in range(len(file.group_rows)):
+        yield from file.read_group(group, columns)
+
+
+def read_rejections(source: Path | pa.Buffer | bytes) -> Iterator[ClipFailure]:
+    """The rows of a rejection file in order.
+
+    Raises:
+        DamagedObjectError: the bytes are no rejection file.
+    """
+    names = [column.name for column in REJECTION_COLUMNS]
+    for row in open_records(source, "rejected").read_columns(names):
+        key, clip_index, step, reason, message, source_uri = row
+        yield ClipFailure(
+            key=key,
+            clip_index=clip_index,
+            step=cast(Step, step),
+            reason=reason,
+            message=message,
+            source_uri=source_uri,
+        )
