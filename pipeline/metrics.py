@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
+from wsgiref.simple_server import WSGIServer
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 
@@ -115,7 +116,7 @@ class RunMetrics:
         assert isinstance(child, Histogram)
         child.observe(value)
 
-    def serve(self, address: str, port: int) -> tuple[int, object]:
+    def serve(self, address: str, port: int) -> tuple[int, WSGIServer]:
         """Serves the registry over HTTP from a daemon thread; returns the bound port and the server to close."""
         server, _thread = start_http_server(port, addr=address, registry=self.registry)
         return int(server.server_port), server

@@ -6,31 +6,34 @@ records of the output, and the same command again does the rest. `jobs/encode_la
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from itertools import islice
+from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
 
 import ray
-from ray.exceptions import ActorUnavailableError, RayActorError, RayTaskError
+import torch
+from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from pipeline.actors import EncodeActor, ShardReport, WorkerFacts
+from pipeline.codec import load_model
 from pipeline.commit import (
     check_store,
     committed_ids,
     fingerprint_of,
+    load_commits,
     open_dataset,
     publish_snapshot,
     read_manifest,
 )
 from pipeline.config import JobConfig
-from pipeline.errors import ConfigMismatchError, DecodeChildError, LatentmillError, UsageError
+from pipeline.errors import ConfigMismatchError, LatentmillError, StorageError, UsageError
 from pipeline.format import FORMAT_VERSION
 from pipeline.metrics import RunMetrics
 from pipeline.plan import infer_passthrough, plan_shards
@@ -41,15 +44,22 @@ from pipeline.storage import ObjectStore, open_store
 EXIT_OK, EXIT_USAGE, EXIT_MISMATCH, EXIT_UNDONE, EXIT_REJECTED, EXIT_INTERRUPTED = 0, 2, 3, 4, 5, 130
 # Raised when the meaning of stored bytes changes with the code and not with the configuration.
 RESULT_VERSION = 1
+# One shard is encoded while the next decodes; a third would only hold memory.
 _SHARDS_PER_ACTOR = 2
 _POLL_S = 0.5
 _GRACE_S = 10.0
+_STOP_S = 5.0
 _SNAPSHOT_EVERY = 1000
+_PATIENCE_S = 60.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunSummary:
-    """How a run ended; the job prints it as its last line."""
+    """How a run ended; the job prints it as its last line.
+
+    The counts of videos, clips and records are those of every planned shard that is decided, by whichever run; what
+    this run did is `num_shards_done`, `elapsed_s` and `clips_per_s`.
+    """
 
     exit_code: int
     num_shards: int
@@ -82,19 +92,23 @@ class _Interrupt:
             raise KeyboardInterrupt
         self.is_set = True
 
+    def install(self) -> None:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, self)
+
 
 @contextmanager
 def _interrupts() -> Iterator[_Interrupt]:
     interrupt = _Interrupt()
-    if threading.current_thread() is not threading.main_thread():
-        yield interrupt
-        return
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    interrupt.install()
     try:
         yield interrupt
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 def run(config: JobConfig, progress: Progress, metrics: RunMetrics) -> RunSummary:
@@ -105,34 +119,468 @@ def run(config: JobConfig, progress: Progress, metrics: RunMetrics) -> RunSummar
         ConfigMismatchError: the output holds another configuration.
         StorageError: the output or the listing of the input failed for good.
     """
-    started = time.monotonic()
     if config.run.retry_failed:
         raise UsageError("--retry-failed is not available in this version; rejections stay recorded as they are")
+    started = time.monotonic()
     store = open_store(config.run.output)
-    _refuse_other_configuration(store, config)
-    specs = list(plan_shards(config.source, store)) if not config.run.dry_run else _dry_plan(config)
+    stored = read_manifest(store)
+    if stored is not None:
+        _refuse_other_encoding(store, stored, config)
+    specs = plan_shards(config.source, store, write=not config.run.dry_run)
     decided = committed_ids(store)
-    todo = [spec for spec in specs if spec.shard_id not in decided]
-    if config.source.limit is not None:
-        todo = todo[: config.source.limit]
-    num_before = len(specs) - sum(spec.shard_id not in decided for spec in specs)
-    progress.say("plan", f"{len(specs)} shards planned, {num_before} decided before, {len(todo)} to do")
-    ledger = _Ledger(todo, num_before, started, config, metrics)
+    open_specs = [spec for spec in specs if spec.shard_id not in decided]
+    todo = open_specs[: config.source.limit]
+    planned = [spec.shard_id for spec in specs if spec.shard_id in decided] + [spec.shard_id for spec in todo]
+    ledger = _Ledger(planned, todo, started, config, metrics)
+    progress.say(
+        "plan",
+        f"{len(specs)} shards planned, {len(specs) - len(open_specs)} decided before, {len(todo)} to do in this run",
+    )
     if config.run.dry_run:
-        return ledger.summary(EXIT_OK, None)
+        return ledger.summary(EXIT_OK, store, None, None)
     if not todo:
-        return ledger.summary(EXIT_OK, publish_snapshot(store).number if specs else None)
+        if stored is not None:
+            _refuse_other_model(store, stored, config)
+        return ledger.close(store, None if stored is None else stored.model.is_trained)
     check_store(store, config.run.single_writer)
     with _interrupts() as interrupt, _ray(config, progress):
-        pool = _Pool(config, progress)
+        interrupt.install()  # ray.init puts a handler of its own in the place of ours
+        pool = _Pool(config, len(todo), progress)
         try:
-            manifest = _open_output(store, config, pool.start(), specs)
+            facts = pool.start(interrupt)
+            if facts is None:
+                return ledger.summary(EXIT_INTERRUPTED, store, None, None)
+            manifest = _open_output(store, config, facts, specs)
             if not manifest.model.is_trained:
-                progress.say("untrained", f"the model {manifest.model.model!r} is untrained: latents carry no quality")
-            _dispatch(pool, manifest, ledger, interrupt, progress, store)
+                progress.say("untrained", f"the model {manifest.model.model!r} is untrained: its latents mean nothing")
+            _Dispatch(pool, manifest, ledger, interrupt, progress, store).until_decided()
         finally:
             pool.stop()
-    snapshot = publish_snapshot(store).number
-    code = EXIT_INTERRUPTED if interrupt.is_set else ledger.exit_code()
-    progress.show(ledger.standing(0), is_last=True)
-    return ledger.summary(code, snapshot, manifest.model.is_trained)
+    if interrupt.is_set:
+        return ledger.summary(EXIT_INTERRUPTED, store, publish_snapshot(store).number, manifest.model.is_trained)
+    return ledger.close(store, manifest.model.is_trained)
+
+
+def _mismatch(store: ObjectStore, differences: Mapping[str, tuple[object, object]]) -> ConfigMismatchError:
+    listed = "; ".join(f"{key}: {old!r} there, {new!r} asked for" for key, (old, new) in sorted(differences.items()))
+    return ConfigMismatchError(
+        f"{store.root_uri} already holds latents of another configuration ({listed}). Nothing was changed. Give the "
+        "same settings to go on with it, or another --output to begin anew",
+        differences,
+    )
+
+
+def _refuse_other_encoding(store: ObjectStore, stored: DatasetManifest, config: JobConfig) -> None:
+    """Compares what the configuration alone decides, before anything is planned or started."""
+    held = stored.fingerprint_fields
+    asked = config.encoding.fingerprint_fields(str(held.get("device_type", "cpu")))
+    differences = {key: (held.get(key), value) for key, value in asked.items() if held.get(key) != value}
+    if differences:
+        raise _mismatch(store, differences)
+
+
+def _refuse_other_model(store: ObjectStore, stored: DatasetManifest, config: JobConfig) -> None:
+    """For a run with nothing to do, which starts no actor that would compare the weights."""
+    weights_sha256 = load_model(config.encoding, torch.device("cpu")).weights_sha256
+    if weights_sha256 != stored.model.weights_sha256:
+        raise _mismatch(store, {"weights_sha256": (stored.model.weights_sha256, weights_sha256)})
+
+
+def _open_output(
+    store: ObjectStore, config: JobConfig, facts: WorkerFacts, specs: Sequence[ShardSpec]
+) -> DatasetManifest:
+    """The manifest that stands in the output, ours or an equal one.
+
+    Raises:
+        ConfigMismatchError: what stands there differs.
+    """
+    stored = read_manifest(store)
+    fields: dict[str, object] = {
+        **config.encoding.fingerprint_fields(facts.device_type),
+        "weights_sha256": facts.model.weights_sha256,
+        "decoders": dict(facts.decoders),
+        "format_version": FORMAT_VERSION,
+        "result_version": RESULT_VERSION,
+    }
+    if stored is not None:
+        # Columns that pass through were fixed by the first run; inputs that came later must fit into them.
+        passthrough = stored.passthrough
+    else:
+        passthrough = infer_passthrough(config.source, config.encoding.caption_column, specs, store)
+    return open_dataset(
+        store,
+        DatasetManifest(
+            format_version=FORMAT_VERSION,
+            fingerprint=fingerprint_of(fields),
+            fingerprint_fields=fields,
+            model=facts.model,
+            kind="mean" if config.encoding.store == "mean" else "moments",
+            latent_dtype="float16" if config.encoding.store_dtype == "float16" else "float32",
+            passthrough=passthrough,
+        ),
+    )
+
+
+class _Ledger:
+    """What was to be done, what was done and what it gave; every number that a run shows comes from here."""
+
+    def __init__(
+        self, planned: Sequence[str], todo: Sequence[ShardSpec], started: float, config: JobConfig, metrics: RunMetrics
+    ) -> None:
+        self.todo = tuple(todo)
+        self.metrics = metrics
+        self.undone: dict[str, str] = {}
+        self.done: set[str] = set()
+        self._planned = planned
+        self._started = started
+        self._config = config
+        self.max_attempts = config.run.max_attempts
+        self._num_records = 0
+        self._num_rejected = 0
+        self._rate = RateMeter()
+        self.note_states(0)
+
+    @property
+    def num_left(self) -> int:
+        return len(self.todo) - len(self.done) - len(self.undone)
+
+    def add(self, report: ShardReport, actor: int) -> None:
+        """Counts a shard that is decided."""
+        self.done.add(report.shard_id)
+        counts = report.counts
+        metrics = self.metrics
+        metrics.add("latentmill_shard_commit_total", outcome=report.outcome)
+        if report.outcome == "committed":
+            self._num_records += counts.num_records
+            self._num_rejected += counts.num_videos_rejected
+            metrics.add("latentmill_videos_total", counts.num_videos_ok, outcome="ok")
+            metrics.add("latentmill_videos_total", counts.num_videos_rejected, outcome="rejected")
+            metrics.add("latentmill_clips_total", counts.num_records, outcome="ok")
+            metrics.add("latentmill_clips_total", counts.num_clips_rejected, outcome="rejected")
+            metrics.add("latentmill_frames_total", counts.num_frames)
+            metrics.add("latentmill_bytes_total", report.num_bytes_in, direction="in")
+            metrics.add("latentmill_bytes_total", report.num_bytes_out, direction="out")
+            for reason, number in counts.reasons.items():
+                metrics.add("latentmill_rejections_total", number, reason=reason)
+            for stage, seconds in report.timings_s.items():
+                metrics.observe("latentmill_stage_seconds", seconds, stage=stage)
+            metrics.set("latentmill_encoder_busy_ratio", report.busy_share, actor=str(actor))
+        self._rate.add(len(self.done), self._num_records)
+
+    def note_states(self, num_running: int) -> None:
+        """Sets the gauges of shards by state."""
+        for state, number in (
+            ("pending", self.num_left - num_running),
+            ("running", num_running),
+            ("done", len(self._planned) - len(self.todo) + len(self.done)),
+            ("undone", len(self.undone)),
+        ):
+            self.metrics.set("latentmill_shards", number, state=state)
+
+    def standing(self, num_running: int) -> Standing:
+        """How far the run is."""
+        self.note_states(num_running)
+        shards_per_s, clips_per_s = self._rate.rates()
+        eta_s = self.num_left / shards_per_s if shards_per_s > 0 else None
+        if eta_s is not None:
+            self.metrics.set("latentmill_eta_seconds", eta_s)
+        return Standing(
+            num_shards=len(self.todo),
+            num_shards_done=len(self.done),
+            num_shards_running=num_running,
+            num_shards_undone=len(self.undone),
+            num_records=self._num_records,
+            num_rejected=self._num_rejected,
+            clips_per_s=clips_per_s,
+            eta_s=eta_s,
+            elapsed_s=time.monotonic() - self._started,
+        )
+
+    def close(self, store: ObjectStore, is_trained: bool | None) -> RunSummary:
+        """Publishes what is committed and gives the summary with the exit code that follows from the accounts."""
+        snapshot = publish_snapshot(store).number if self._planned else None
+        summary = self.summary(EXIT_OK, store, snapshot, is_trained)
+        if summary.num_shards_undone:
+            code = EXIT_UNDONE
+        elif summary.num_videos_rejected > self._config.run.max_rejected_share * summary.num_videos:
+            code = EXIT_REJECTED
+        else:
+            code = EXIT_OK
+        return self.summary(code, store, snapshot, is_trained)
+
+    def summary(self, exit_code: int, store: ObjectStore, snapshot: int | None, is_trained: bool | None) -> RunSummary:
+        """The accounts of every planned shard that is decided."""
+        decided = set(self._planned) - {spec.shard_id for spec in self.todo} | self.done
+        totals = _sum(commit.counts for commit in load_commits(store, sorted(decided)))
+        elapsed_s = time.monotonic() - self._started
+        return RunSummary(
+            exit_code=exit_code,
+            num_shards=len(self._planned),
+            num_shards_done_before=len(self._planned) - len(self.todo),
+            num_shards_done=len(self.done),
+            num_shards_undone=len(self.todo) - len(self.done),
+            num_videos=totals.num_videos,
+            num_videos_ok=totals.num_videos_ok,
+            num_videos_rejected=totals.num_videos_rejected,
+            num_clips=totals.num_clips,
+            num_records=totals.num_records,
+            num_clips_rejected=totals.num_clips_rejected,
+            num_frames=totals.num_frames,
+            reasons=totals.reasons,
+            snapshot=snapshot,
+            elapsed_s=round(elapsed_s, 3),
+            clips_per_s=round(self._num_records / elapsed_s, 4),
+            is_trained=is_trained,
+            undone=dict(sorted(self.undone.items())[:20]),
+        )
+
+
+def _sum(all_counts: Iterable[ShardCounts]) -> ShardCounts:
+    totals: Counter[str] = Counter()
+    reasons: Counter[str] = Counter()
+    for counts in all_counts:
+        reasons.update(counts.reasons)
+        totals.update({name: getattr(counts, name) for name in _COUNTED})
+    return ShardCounts(**{name: totals[name] for name in _COUNTED}, reasons=dict(sorted(reasons.items())))
+
+
+_COUNTED = (
+    "num_videos",
+    "num_videos_ok",
+    "num_videos_rejected",
+    "num_clips",
+    "num_records",
+    "num_clips_rejected",
+    "num_frames",
+)
+
+
+@contextmanager
+def _ray(config: JobConfig, progress: Progress) -> Iterator[None]:
+    """A connection to the cluster of `ray job submit` or --ray-address, else an embedded Ray that ends with the run.
+
+    Never the address file that an earlier `ray start` left behind: a run on a forgotten cluster surprises.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    address = config.run.ray_address or os.environ.get("RAY_ADDRESS")
+    # Errors come back with the results; the workers' own output would tear the progress line apart.
+    if address is not None:
+        try:
+            ray.init(address=address, log_to_driver=False, logging_level="WARNING")
+        except (RayError, ConnectionError, RuntimeError) as error:
+            raise UsageError(f"there is no Ray cluster at {address}: {error}") from error
+    else:
+        # Nothing large crosses Ray, so that the smallest object store will do.
+        ray.init(
+            address="local",
+            include_dashboard=False,
+            object_store_memory=80 << 20,
+            log_to_driver=False,
+            logging_level="WARNING",
+        )
+    progress.say("ray", f"Ray {ray.__version__}, {'cluster ' + address if address else 'embedded'}, {_resources()}")
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _resources() -> str:
+    total = ray.cluster_resources()
+    return f"{total.get('CPU', 0):g} CPUs, {total.get('GPU', 0):g} GPUs on {len(_nodes())} nodes"
+
+
+def _nodes() -> list[Mapping[str, float]]:
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def _num_places(num_cpus: int, num_gpus: float) -> int:
+    """Actors of this size that fit on the nodes of now; a rest on one node does not help another."""
+    return sum(
+        int(min(node.get("CPU", 0) // num_cpus, node.get("GPU", 0) / num_gpus + 1e-6 if num_gpus else float("inf")))
+        for node in _nodes()
+    )
+
+
+@dataclass(slots=True)
+class _Slot:
+    """One actor and the shards that it holds."""
+
+    index: int
+    handle: Any
+    is_ready: bool = False
+    held: set[str] = field(default_factory=set)
+
+
+class _Pool:
+    """The encoder actors of a run."""
+
+    def __init__(self, config: JobConfig, num_shards: int, progress: Progress) -> None:
+        has_gpu = ray.cluster_resources().get("GPU", 0) > 0
+        num_gpus = config.run.gpus_per_actor if config.run.gpus_per_actor is not None else float(has_gpu)
+        num_cpus = config.encoding.cpus_on("cuda" if num_gpus else "cpu")
+        fitting = _num_places(num_cpus, num_gpus)
+        if fitting == 0:
+            progress.say(
+                "wait", f"no node has {num_cpus} CPUs and {num_gpus:g} GPUs free for an actor; waiting for one"
+            )
+        num_actors = min(config.run.num_actors or max(1, fitting), num_shards)
+        actor = ray.remote(EncodeActor).options(
+            num_cpus=num_cpus,
+            num_gpus=num_gpus,
+            max_restarts=-1,
+            max_task_retries=0,
+            max_concurrency=_SHARDS_PER_ACTOR + 1,
+        )
+        self._wanted = f"{num_actors} actors of {num_cpus} CPUs and {num_gpus:g} GPUs each"
+        self._progress = progress
+        self.slots = [_Slot(index, actor.remote(config, str(index))) for index in range(num_actors)]
+        self.starting = {slot.handle.start.remote(): slot for slot in self.slots}
+
+    def start(self, interrupt: _Interrupt) -> WorkerFacts | None:
+        """Waits for the first actor; the others join as they come up. None after an interrupt.
+
+        Raises:
+            UsageError: the model cannot be loaded.
+            LatentmillError: the actor cannot work on this installation.
+        """
+        began = time.monotonic()
+        is_late = False
+        while not interrupt.is_set:
+            ready, _ = ray.wait(list(self.starting), timeout=_POLL_S)
+            if ready:
+                facts = self.admit(ready[0])
+                if facts is not None:
+                    self._progress.say("start", f"{self._wanted}, {facts.device_name}, model {facts.model.model}")
+                    return facts
+            if not is_late and time.monotonic() - began > _PATIENCE_S:
+                is_late = True
+                self._progress.say("wait", f"still waiting for {self._wanted}; the cluster has {_resources()}")
+        return None
+
+    def admit(self, started: Any) -> WorkerFacts | None:
+        """Takes an actor whose start has ended into service; None if it died on the way, and is started anew."""
+        slot = self.starting.pop(started)
+        try:
+            facts: WorkerFacts = ray.get(started)
+        except RayTaskError as error:
+            raise error.cause from error
+        except RayActorError as error:
+            self._progress.say("actor", f"encoder {slot.index} died while it started, and is started again: {error}")
+            self.starting[slot.handle.start.remote()] = slot
+            return None
+        slot.is_ready = True
+        return facts
+
+    def stop(self) -> None:
+        """Lets every actor clean up, then ends it."""
+        ray.wait([slot.handle.stop.remote() for slot in self.slots], num_returns=len(self.slots), timeout=_STOP_S)
+        for slot in self.slots:
+            ray.kill(slot.handle)
+
+
+class _Dispatch:
+    """Hands shards to actors and takes reports back, until nothing is left or the run is interrupted."""
+
+    def __init__(
+        self,
+        pool: _Pool,
+        manifest: DatasetManifest,
+        ledger: _Ledger,
+        interrupt: _Interrupt,
+        progress: Progress,
+        store: ObjectStore,
+    ) -> None:
+        self._pool = pool
+        self._manifest = manifest
+        self._ledger = ledger
+        self._interrupt = interrupt
+        self._progress = progress
+        self._store = store
+        self._max_attempts = ledger.max_attempts
+        self._waiting = deque(ledger.todo)
+        self._running: dict[Any, tuple[ShardSpec, _Slot]] = {}
+        self._attempts: Counter[str] = Counter()
+        # Shards that were held by an actor when it died. Each goes alone from then on: of two that were held only one
+        # killed it, and the other must not spend its attempts in that company.
+        self._suspects: set[str] = set()
+
+    def until_decided(self) -> None:
+        """Runs to the end.
+
+        Raises:
+            UsageError: the model or the configuration is wrong.
+            StorageError: an actor committed where this process cannot see it.
+        """
+        last_snapshot = 0
+        while not self._interrupt.is_set and self._ledger.num_left:
+            self._hand_out()
+            self._take_back(_POLL_S)
+            if len(self._ledger.done) - last_snapshot >= _SNAPSHOT_EVERY:
+                publish_snapshot(self._store)
+                last_snapshot = len(self._ledger.done)
+            self._progress.show(self._ledger.standing(len(self._running)))
+        if self._interrupt.is_set:
+            self._progress.say("interrupt", "interrupted: ending what is about to be committed; again to stop at once")
+            deadline = time.monotonic() + _GRACE_S
+            while self._running and time.monotonic() < deadline:
+                self._take_back(_POLL_S)
+        self._progress.show(self._ledger.standing(len(self._running)), is_last=True)
+        unseen = self._ledger.done - committed_ids(self._store)
+        if unseen:
+            raise StorageError(
+                f"{len(unseen)} shards (such as {min(unseen)}) were committed by an actor but are not seen from the "
+                f"driver at {self._store.root_uri}: every node must reach the same storage; use s3:// or a shared disk"
+            )
+
+    def _hand_out(self) -> None:
+        for slot in self._pool.slots:
+            while slot.is_ready and self._waiting and self._may_take(slot, self._waiting[0]):
+                spec = self._waiting.popleft()
+                slot.held.add(spec.shard_id)
+                self._running[slot.handle.process.remote(spec, self._manifest)] = (spec, slot)
+            self._ledger.metrics.set("latentmill_queue_depth", len(slot.held), actor=str(slot.index))
+
+    def _may_take(self, slot: _Slot, spec: ShardSpec) -> bool:
+        if not slot.held:
+            return True
+        return len(slot.held) < _SHARDS_PER_ACTOR and not self._suspects & {spec.shard_id, *slot.held}
+
+    def _take_back(self, timeout_s: float) -> None:
+        ready, _ = ray.wait([*self._running, *self._pool.starting], timeout=timeout_s)
+        for reference in ready:
+            if reference in self._pool.starting:
+                self._pool.admit(reference)
+                continue
+            spec, slot = self._running.pop(reference)
+            slot.held.discard(spec.shard_id)
+            try:
+                self._ledger.add(ray.get(reference), slot.index)
+            except RayTaskError as error:
+                if isinstance(error.cause, UsageError | ConfigMismatchError):
+                    raise error.cause from error
+                self._try_again(spec, _message(error.cause))
+            except RayActorError as error:
+                self._suspects.add(spec.shard_id)
+                self._try_again(spec, f"the worker process died: {_first_line(error)}")
+
+    def _try_again(self, spec: ShardSpec, message: str) -> None:
+        self._attempts[spec.shard_id] += 1
+        self._ledger.metrics.add("latentmill_shard_attempts_failed_total")
+        attempt = f"attempt {self._attempts[spec.shard_id]} of {self._max_attempts}"
+        if self._attempts[spec.shard_id] < self._max_attempts:
+            self._progress.say("retry", f"shard {spec.shard_id}: {attempt} failed and is repeated: {message}")
+            self._waiting.append(spec)
+        else:
+            self._progress.say("undone", f"shard {spec.shard_id}: {attempt} failed; it is left undone: {message}")
+            self._ledger.undone[spec.shard_id] = message
+
+
+def _message(error: BaseException) -> str:
+    return str(error) if isinstance(error, LatentmillError) else f"{type(error).__name__}: {error}"
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0]

@@ -1,0 +1,40 @@
+# make demo and make test do everything on a fresh machine with Python 3.10+; nothing but the package registry is needed.
+
+PYTHON ?= python3
+PIP = .venv/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: demo test bench chaos lint clean
+
+demo: .venv/installed-run
+	.venv/bin/python jobs/demo.py --output demo-output
+
+test: .venv/installed-test
+	.venv/bin/python -m pytest
+
+bench: .venv/installed-test
+	.venv/bin/python tests/benchmarks/bench_codec.py
+	.venv/bin/python tests/benchmarks/bench_decode.py
+	.venv/bin/python tests/benchmarks/bench_layout.py
+
+chaos: .venv/installed-test
+	.venv/bin/python -m pytest -m slow tests/integration
+
+lint: .venv/installed-test
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+	.venv/bin/lint-imports
+
+clean:
+	rm -rf .venv demo-output
+
+.venv/bin/pip:
+	$(PYTHON) -m venv .venv
+
+.venv/installed-run: .venv/bin/pip pyproject.toml constraints.txt
+	$(PIP) --editable .
+	touch $@
+
+.venv/installed-test: .venv/bin/pip pyproject.toml constraints.txt
+	$(PIP) --editable ".[test]"
+	touch $@

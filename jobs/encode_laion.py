@@ -1,0 +1,89 @@
+"""Encodes a video or image dataset into latents: the job that users start.
+
+    python jobs/encode_laion.py --input shards/ --output s3://latents/run1 --model small
+    ray job submit --working-dir . -- python jobs/encode_laion.py ...            the same on a cluster
+
+Wiring only: the command line becomes a JobConfig, `pipeline.run` does the work, and what came of it becomes the last
+line on standard output, one JSON object with the counts, and the exit code:
+
+    0 every planned sample is decided       2 wrong use               3 the output holds another configuration
+    4 work is left undone                   5 too many rejections     130 interrupted
+
+Progress and messages go to standard error. The same command again goes on where the last one ended.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+_ROOT = str(Path(__file__).resolve().parent.parent)
+if _ROOT not in sys.path:
+    # Started by its path, the interpreter knows jobs/ only; Ray's workers inherit the environment, not sys.path.
+    sys.path.insert(0, _ROOT)
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [_ROOT, os.environ.get("PYTHONPATH")]))
+
+from pipeline.config import parse_arguments
+from pipeline.errors import (
+    ConfigMismatchError,
+    LatentmillError,
+    StorageError,
+    StorageUnavailableError,
+    UsageError,
+)
+from pipeline.metrics import RunMetrics
+from pipeline.progress import Progress
+from pipeline.run import EXIT_INTERRUPTED, EXIT_MISMATCH, EXIT_UNDONE, EXIT_USAGE, run
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the job; returns the exit code."""
+    try:
+        config = parse_arguments(argv)
+    except UsageError as error:
+        return _fail(EXIT_USAGE, error)
+    metrics = RunMetrics()
+    server = None
+    try:
+        if config.run.metrics_port is not None:
+            port, server = metrics.serve(config.run.metrics_address, config.run.metrics_port)
+            print(f"metrics: http://{config.run.metrics_address}:{port}/metrics", file=sys.stderr, flush=True)
+        with Progress(config.run.progress) as progress:
+            summary = run(config, progress, metrics)
+    except ConfigMismatchError as error:
+        return _fail(EXIT_MISMATCH, error, differences={key: list(pair) for key, pair in error.differences.items()})
+    except StorageUnavailableError as error:
+        return _fail(EXIT_UNDONE, error)
+    except (UsageError, StorageError) as error:
+        return _fail(EXIT_USAGE, error)
+    except KeyboardInterrupt:
+        return _fail(EXIT_INTERRUPTED, LatentmillError("interrupted twice: stopped at once; the same command goes on"))
+    except Exception as error:
+        # A lost cluster or a defect of ours: what is committed stays, and whoever reads the result line is told so.
+        traceback.print_exc()
+        return _fail(EXIT_UNDONE, error)
+    finally:
+        if server is not None:
+            server.shutdown()
+            server.server_close()
+    _result(asdict(summary))
+    return summary.exit_code
+
+
+def _fail(exit_code: int, error: Exception, **more: object) -> int:
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    _result({"exit_code": exit_code, "error": type(error).__name__, "message": str(error), **more})
+    return exit_code
+
+
+def _result(fields: Mapping[str, object]) -> None:
+    print(json.dumps(fields), flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
