@@ -1,0 +1,462 @@
+"""The commit protocol: which shard counts as done, and what a reader may rely on.
+
+Not where bytes lie (`storage`) and not what a data file holds (`format`). Used by `actors` and `run` to write, by
+`dataset` and whoever looks after an output to read.
+
+    _dataset.json                        create-once: the configuration that every shard was made with
+    data/<pp>/<shard>-<sha16>.<ext>      immutable, named by their content; pp = the hash's first two digits
+    commits/<pp>/<shard>.json            create-once: THE commit point; pp = first two digits of sha256(name)
+    manifests/<sha16>.jsonl.gz           immutable segments of up to 10,000 commit records
+    snapshots/<number>.json              create-once, numbered from 1: what a reader pins
+
+Why it holds: a record is created once, after the files that it names have arrived, so whoever sees a record sees whole
+files; files are named by their hash, so a second attempt never changes them; losers delete nothing. However often a
+shard is tried, by however many jobs, one record decides it. No clock decides anything.
+
+Layout version 1.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import re
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from pipeline import storage
+from pipeline.errors import (
+    ConfigMismatchError,
+    DamagedObjectError,
+    ObjectExistsError,
+    OutcomeUnknownError,
+    StorageError,
+    StorageUnavailableError,
+    UsageError,
+)
+from pipeline.records import Commit, DatasetManifest, FileStat, ModelFacts, ShardCounts
+from pipeline.storage import Backoff, ObjectStore, sha256_of_file
+
+LAYOUT_VERSION = 1
+MANIFEST_KEY = "_dataset.json"
+SEGMENT_COMMITS = 10_000
+
+_EXTENSIONS: Mapping[str, str] = {"parquet": "parquet", "webdataset": "tar", "rejected": "rejected.parquet"}
+_NUM_READERS = 16
+_NUM_PROBES = 4
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Segment:
+    """An immutable, sorted run of commit records: gzipped JSON lines, named by the hash of the compressed bytes."""
+
+    key: str
+    num_bytes: int
+    sha256: str
+    num_commits: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Snapshot:
+    """An immutable, numbered set of commits.
+
+    Attributes:
+        number: from 1.
+        digest: sha256 hex over the sorted (record name, nonce) pairs: equal sets of commits have equal digests,
+            however they were published.
+        commits: sorted by record name.
+    """
+
+    number: int
+    digest: str
+    segments: tuple[Segment, ...]
+    commits: tuple[Commit, ...]
+
+    @property
+    def num_records(self) -> int:
+        return sum(commit.counts.num_records for commit in self.commits)
+
+
+def record_name(shard_id: str, generation: int = 0) -> str:
+    """The name of a commit record: the shard id, with ".r<n>" from the first retry on."""
+    assert re.fullmatch(r"[^./\0][^/\0]*", shard_id), f"shard id {shard_id!r} is not a plain file name"
+    return f"{shard_id}.r{generation}" if generation else shard_id
+
+
+def _commit_key(name: str) -> str:
+    return f"commits/{hashlib.sha256(name.encode()).hexdigest()[:2]}/{name}.json"
+
+
+def _json_bytes(value: object) -> bytes:
+    """Canonical JSON; escapes keep file names that are not valid UTF-8."""
+    return (json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False) + "\n").encode("ascii")
+
+
+def fingerprint_of(fields: Mapping[str, object]) -> str:
+    """SHA-256 in hex of the canonical JSON of everything that changes bytes."""
+    return hashlib.sha256(_json_bytes(dict(fields))).hexdigest()
+
+
+def create_once(store: ObjectStore, key: str, data: bytes) -> bytes:
+    """The bytes that stand under `key` from now on: these, or those of whoever was first.
+
+    Whatever the store answers, only reading back decides: a create may land and its answer be lost, and the same
+    create repeated then fails on its own success. So `data` must hold something unique (a nonce) where the caller has
+    to tell its own bytes from a rival's.
+
+    Raises:
+        StorageUnavailableError: the outcome could not be learnt within the retry budget; trying again is safe.
+        StorageError: the store refuses for good.
+    """
+    backoff = Backoff()
+    # Looking first costs one read, and protects what stands in a store that ignores the condition (--single-writer).
+    standing = store.find(key)
+    while standing is None:
+        try:
+            store.put_if_absent(key, data)
+            return data
+        except (ObjectExistsError, OutcomeUnknownError) as error:
+            standing = store.find(key)
+            if standing is None and not backoff.pause(storage.RETRY_BUDGET_S):
+                raise StorageUnavailableError(
+                    f"{store.url(key)} could not be created and is not there after {backoff.num_pauses + 1} attempts; "
+                    f"trying again is safe. Last answer: {error}"
+                ) from error
+    return standing
+
+
+def check_store(store: ObjectStore, single_writer: bool) -> None:
+    """Tries on probe objects that creating twice fails, that of racing creates one wins, and that lists are fresh.
+
+    Raises:
+        UsageError: the store does not keep one of these promises and `single_writer` is off.
+        StorageError: the store cannot be written or read.
+    """
+    folder = f"_probe/{uuid.uuid4().hex}"
+    probes = [f"{folder}/twice", f"{folder}/race"]
+    try:
+        broken = _broken_promise(store, *probes)
+    finally:
+        for key in probes:
+            _delete_if_allowed(store, key)
+    if broken is not None and not single_writer:
+        raise UsageError(
+            f"{store.root_uri} {broken}, so two jobs or a late retry could overwrite each other's commits. Use a store "
+            "with conditional writes (If-None-Match), or pass --single-writer and never run two jobs on this output"
+        )
+
+
+def _broken_promise(store: ObjectStore, twice: str, race: str) -> str | None:
+    first = create_once(store, twice, b"first")
+    if first != b"first" or store.get(twice) != b"first":
+        return "does not return what was just written"
+    if [info.key for info in store.list(twice)] != [twice]:
+        return "does not list what was just written"
+    if _creates(store, twice, b"second") or store.get(twice) != b"first":
+        return "overwrites an object that may only be created once"
+    rivals = [f"rival {number}".encode() for number in range(_NUM_PROBES)]
+    with ThreadPoolExecutor(_NUM_PROBES) as pool:
+        won = list(pool.map(lambda rival: _creates(store, race, rival), rivals))
+    winners = [rival for rival, has_won in zip(rivals, won, strict=True) if has_won]
+    if len(winners) > 1 or (winners and store.get(race) != winners[0]):
+        return f"let {len(winners)} of {_NUM_PROBES} racing creates win"
+    return None
+
+
+def _creates(store: ObjectStore, key: str, data: bytes) -> bool:
+    try:
+        store.put_if_absent(key, data)
+    except (ObjectExistsError, OutcomeUnknownError):
+        return False
+    return True
+
+
+def _delete_if_allowed(store: ObjectStore, key: str) -> None:
+    try:
+        store.delete(key)
+    except StorageUnavailableError:
+        raise
+    except StorageError:
+        return  # a bucket policy may well deny deletes to writers; a probe is a few bytes
+
+
+def open_dataset(store: ObjectStore, manifest: DatasetManifest) -> DatasetManifest:
+    """The description of the output, created from `manifest` if there is none yet.
+
+    Raises:
+        ConfigMismatchError: the output holds another configuration; the error lists each differing key.
+    """
+    standing = _manifest_of(store, create_once(store, MANIFEST_KEY, _json_bytes(asdict(manifest))))
+    if standing.fingerprint == manifest.fingerprint:
+        return standing
+    held, asked = standing.fingerprint_fields, _plain(manifest.fingerprint_fields)
+    differences = {
+        key: (held.get(key), asked.get(key))
+        for key in sorted(held.keys() | asked.keys())
+        if held.get(key) != asked.get(key)
+    }
+    listed = "; ".join(f"{key}: {ours!r} there, {theirs!r} now" for key, (ours, theirs) in differences.items())
+    raise ConfigMismatchError(
+        f"{store.root_uri} was made with another configuration ({listed or 'the fingerprints differ'}); "
+        "use the same settings, or another --output",
+        differences,
+    )
+
+
+def read_manifest(store: ObjectStore) -> DatasetManifest | None:
+    """The description of the output, or None where no job opened it yet."""
+    data = store.find(MANIFEST_KEY)
+    return None if data is None else _manifest_of(store, data)
+
+
+def put_data_file(
+    store: ObjectStore,
+    path: Path,
+    *,
+    shard_id: str,
+    content: Literal["parquet", "webdataset", "rejected"],
+    num_rows: int,
+) -> FileStat:
+    """Stores a finished local file under a name that holds its hash. It counts only once a commit names it."""
+    sha256 = sha256_of_file(path)
+    key = f"data/{sha256[:2]}/{record_name(shard_id)}-{sha256[:16]}.{_EXTENSIONS[content]}"
+    store.put_file(key, path, sha256)
+    return FileStat(key=key, num_bytes=path.stat().st_size, sha256=sha256, num_rows=num_rows, content=content)
+
+
+def read_data_file(store: ObjectStore, file: FileStat) -> bytes:
+    """The whole data file, with size and SHA-256 as its commit states.
+
+    Raises:
+        DamagedObjectError: twice in a row the bytes were others.
+        StorageNotFoundError: it is gone.
+    """
+    for _ in range(2):  # damage on the way passes, damage at rest does not
+        data = store.get(file.key)
+        found = f"{len(data)} bytes with SHA-256 {hashlib.sha256(data).hexdigest()}"
+        if found == f"{file.num_bytes} bytes with SHA-256 {file.sha256}":
+            return data
+    raise _damaged(store, file, found)
+
+
+def fetch_data_file(store: ObjectStore, file: FileStat, path: Path) -> None:
+    """Copies a data file to `path`, checked as `read_data_file` does; on failure no file is left.
+
+    Raises:
+        DamagedObjectError: twice in a row the bytes were others.
+        StorageNotFoundError: it is gone.
+    """
+    for _ in range(2):
+        store.fetch_file(file.key, path)
+        found = f"{path.stat().st_size} bytes with SHA-256 {sha256_of_file(path)}"
+        if found == f"{file.num_bytes} bytes with SHA-256 {file.sha256}":
+            return
+        path.unlink()
+    raise _damaged(store, file, found)
+
+
+def _damaged(store: ObjectStore, file: FileStat, found: str) -> DamagedObjectError:
+    return DamagedObjectError(
+        f"{store.url(file.key)} holds {found}, its commit states {file.num_bytes} bytes with SHA-256 {file.sha256}; "
+        "the file is damaged: restore it, or encode its shard again into another output"
+    )
+
+
+def commit_shard(store: ObjectStore, commit: Commit) -> Literal["committed", "lost_race"]:
+    """Decides a shard. Call it after every file of the commit was stored.
+
+    "lost_race" is a success too: another attempt decided the shard, and its files are the ones that count. The loser's
+    files stay where they are; deleting them could delete the winner's, which may carry the same bytes and name.
+
+    Raises:
+        StorageUnavailableError: the outcome could not be learnt; the shard may be tried again.
+    """
+    key = _commit_key(record_name(commit.shard_id, commit.generation))
+    standing = _commit_of(store, key, create_once(store, key, _json_bytes(asdict(commit))))
+    return "committed" if standing.nonce == commit.nonce else "lost_race"
+
+
+def read_commit(store: ObjectStore, shard_id: str, generation: int = 0) -> Commit | None:
+    """The record that decided a shard, or None while it is undecided."""
+    key = _commit_key(record_name(shard_id, generation))
+    data = store.find(key)
+    return None if data is None else _commit_of(store, key, data)
+
+
+def committed_ids(store: ObjectStore) -> set[str]:
+    """The names of all commit records, listed anew: shard ids, and `<shard_id>.r<n>` for later generations."""
+    return {
+        info.key.rpartition("/")[2].removesuffix(".json")
+        for info in store.list("commits/")
+        if info.key.endswith(".json")
+    }
+
+
+def load_commits(store: ObjectStore, ids: Iterable[str] | None = None) -> Iterator[Commit]:
+    """The commits of the given record names, or of all, in the order of their names.
+
+    Raises:
+        StorageNotFoundError: a name has no record.
+    """
+    keys = [_commit_key(name) for name in sorted(committed_ids(store) if ids is None else ids)]
+    with ThreadPoolExecutor(_NUM_READERS) as pool:
+        yield from pool.map(lambda key: _commit_of(store, key, store.get(key)), keys)
+
+
+def publish_snapshot(store: ObjectStore) -> Snapshot:
+    """A snapshot that holds every commit there is: the latest one if nothing was committed since, else a new one.
+
+    Any number of publishers may run at once: records are immutable, so each merges what it sees and takes the next
+    free number.
+    """
+    while True:
+        latest = latest_snapshot(store)
+        number, old = (0, {}) if latest is None else (latest.number, {_name_of(c): c for c in latest.commits})
+        new = committed_ids(store) - old.keys()
+        if latest is not None and not new:
+            return latest
+        commits = old | {_name_of(commit): commit for commit in load_commits(store, new)}
+        snapshot = _write_segments(store, number + 1, latest, commits)
+        data = _snapshot_bytes(snapshot)
+        if create_once(store, _snapshot_key(snapshot.number), data) == data:
+            return snapshot
+
+
+def latest_snapshot(store: ObjectStore) -> Snapshot | None:
+    """The snapshot with the highest number, or None before the first."""
+    numbers = [int(match[1]) for info in store.list("snapshots/") if (match := _SNAPSHOT_KEY.fullmatch(info.key))]
+    return read_snapshot(store, max(numbers)) if numbers else None
+
+
+def read_snapshot(store: ObjectStore, number: int) -> Snapshot:
+    """A snapshot with its commits.
+
+    Raises:
+        StorageNotFoundError: there is no snapshot of this number.
+        DamagedObjectError: the snapshot or a segment of it is damaged.
+    """
+    key = _snapshot_key(number)
+
+    def build(value: dict[str, Any]) -> Snapshot:
+        segments = tuple(Segment(**segment) for segment in value["segments"])
+        commits = tuple(commit for segment in segments for commit in _read_segment(store, segment))
+        return Snapshot(
+            number=value["number"],
+            digest=value["digest"],
+            segments=segments,
+            commits=tuple(sorted(commits, key=_name_of)),
+        )
+
+    snapshot = _parsed(store, key, store.get(key), build)
+    if snapshot.digest != _digest(snapshot.commits):
+        raise DamagedObjectError(f"{store.url(key)} states another digest than that of its commits")
+    return snapshot
+
+
+_SNAPSHOT_KEY = re.compile(r"snapshots/(\d{12})\.json")
+
+
+def _snapshot_key(number: int) -> str:
+    return f"snapshots/{number:012d}.json"
+
+
+def _snapshot_bytes(snapshot: Snapshot) -> bytes:
+    return _json_bytes(
+        {
+            "layout_version": LAYOUT_VERSION,
+            "number": snapshot.number,
+            "digest": snapshot.digest,
+            "num_commits": len(snapshot.commits),
+            "num_records": snapshot.num_records,
+            "segments": [asdict(segment) for segment in snapshot.segments],
+        }
+    )
+
+
+def _name_of(commit: Commit) -> str:
+    return record_name(commit.shard_id, commit.generation)
+
+
+def _digest(commits: Iterable[Commit]) -> str:
+    lines = sorted(f"{_name_of(commit)} {commit.nonce}\n" for commit in commits)
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _write_segments(
+    store: ObjectStore, number: int, latest: Snapshot | None, commits: Mapping[str, Commit]
+) -> Snapshot:
+    """Keeps the full segments of the latest snapshot and packs all other commits anew."""
+    kept = [s for s in latest.segments if s.num_commits == SEGMENT_COMMITS] if latest else []
+    packed = {_name_of(commit) for segment in kept for commit in _read_segment(store, segment)}
+    loose = [commits[name] for name in sorted(commits.keys() - packed)]
+    runs = [loose[start : start + SEGMENT_COMMITS] for start in range(0, len(loose), SEGMENT_COMMITS)]
+    segments = (*kept, *(_put_segment(store, run) for run in runs))
+    ordered = tuple(commits[name] for name in sorted(commits))
+    return Snapshot(number=number, digest=_digest(ordered), segments=segments, commits=ordered)
+
+
+def _put_segment(store: ObjectStore, commits: list[Commit]) -> Segment:
+    data = gzip.compress(b"".join(_json_bytes(asdict(commit)) for commit in commits), mtime=0)
+    sha256 = hashlib.sha256(data).hexdigest()
+    key = f"manifests/{sha256[:16]}.jsonl.gz"
+    create_once(store, key, data)
+    return Segment(key=key, num_bytes=len(data), sha256=sha256, num_commits=len(commits))
+
+
+def _read_segment(store: ObjectStore, segment: Segment) -> list[Commit]:
+    data = store.get(segment.key)
+    if len(data) != segment.num_bytes or hashlib.sha256(data).hexdigest() != segment.sha256:
+        raise DamagedObjectError(f"{store.url(segment.key)} does not have the SHA-256 that its snapshot states")
+    return [_commit_of(store, segment.key, line) for line in gzip.decompress(data).splitlines()]
+
+
+def _plain(value: Mapping[str, object]) -> dict[str, Any]:
+    """The same after a trip through JSON, where tuples are lists."""
+    plain: dict[str, Any] = json.loads(_json_bytes(dict(value)))
+    return plain
+
+
+def _parsed(store: ObjectStore, key: str, data: bytes, build: Callable[[dict[str, Any]], _T]) -> _T:
+    try:
+        return build(json.loads(data))
+    except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
+        raise DamagedObjectError(
+            f"{store.url(key)} cannot be read as version {LAYOUT_VERSION} of the layout: {error!r:.200}"
+        ) from error
+
+
+def _commit_of(store: ObjectStore, key: str, data: bytes) -> Commit:
+    return _parsed(
+        store,
+        key,
+        data,
+        lambda value: Commit(
+            **_known(Commit, value)
+            | {
+                "files": tuple(FileStat(**_known(FileStat, file)) for file in value["files"]),
+                "counts": ShardCounts(**_known(ShardCounts, value["counts"])),
+            }
+        ),
+    )
+
+
+def _manifest_of(store: ObjectStore, data: bytes) -> DatasetManifest:
+    return _parsed(
+        store,
+        MANIFEST_KEY,
+        data,
+        lambda value: DatasetManifest(
+            **_known(DatasetManifest, value) | {"model": ModelFacts(**_known(ModelFacts, value["model"]))}
+        ),
+    )
+
+
+def _known(record_type: Any, value: dict[str, Any]) -> dict[str, Any]:
+    # A later version may add fields that this one does not need.
+    return {field.name: value[field.name] for field in fields(record_type) if field.name in value}
