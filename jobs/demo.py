@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -151,8 +152,8 @@ def _row(label: str, original: Frames, latent: Frames, decoded: Frames) -> Row:
 
 
 def _psnr_db(original: Frames, decoded: Frames) -> float:
-    error = np.mean((original.astype(np.float64) - decoded.astype(np.float64)) ** 2)
-    return float(10 * np.log10(255**2 / max(error, 1e-9)))
+    error = float(np.mean((original.astype(np.float64) - decoded.astype(np.float64)) ** 2))
+    return 10 * math.log10(255**2 / max(error, 1e-9))
 
 
 def _tell(summary: dict[str, Any], output: Path) -> None:

@@ -51,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
 
     urls = commands.add_parser("urls", help="the committed data files, one a line")
     urls.add_argument("uri", help="local folder or s3://bucket/prefix")
-    urls.add_argument("--format", choices=("parquet", "webdataset", "rejected"), help="default: the one that is there")
+    urls.add_argument("--format", choices=("parquet", "webdataset", "rejected"), help="default: parquet, where there is any")
     urls.set_defaults(command=_urls)
 
     preview = commands.add_parser("preview", help="latents as pictures")
@@ -127,15 +127,10 @@ def _description(store: ObjectStore, manifest: DatasetManifest) -> dict[str, obj
 
 
 def _urls(arguments: argparse.Namespace) -> None:
-    store, _manifest = _open(arguments.uri)
-    files = [file for commit in _commits(store) for file in commit.files]
-    contents = {file.content for file in files} - {"rejected"}
-    if arguments.format is None and len(contents) > 1:
-        raise UsageError(f"{arguments.uri} holds {' and '.join(sorted(contents))}: choose one with --format")
-    wanted = arguments.format or next(iter(contents), None)
-    for file in files:
-        if file.content == wanted:
-            print(store.url(file.key))
+    from pipeline.dataset import data_urls
+
+    for url in data_urls(arguments.uri, arguments.format):
+        print(url)
 
 
 def _preview(arguments: argparse.Namespace) -> None:

@@ -28,7 +28,7 @@ def latent_to_frames(latent: npt.NDArray[np.floating], scale: int = 8) -> Frames
     values = latent[[0, min(1, len(latent) - 1), min(2, len(latent) - 1)]].astype(np.float32)
     low, high = np.percentile(values, (1, 99), axis=(1, 2, 3), keepdims=True)
     unit = ((values - low) / np.maximum(high - low, 1e-6)).clip(0, 1)
-    pixels = (unit * 255).round().astype(np.uint8).transpose(1, 2, 3, 0)
+    pixels: Frames = (unit * 255).round().astype(np.uint8).transpose(1, 2, 3, 0)
     return pixels.repeat(scale, axis=1).repeat(scale, axis=2)
 
 

@@ -6,6 +6,7 @@ records of the output, and the same command again does the rest. `jobs/encode_la
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import threading
@@ -13,7 +14,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import FrameType
 from typing import Any
 
@@ -24,6 +25,7 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 from pipeline.actors import EncodeActor, ShardReport, WorkerFacts
 from pipeline.codec import load_model
 from pipeline.commit import (
+    Snapshot,
     check_store,
     committed_ids,
     fingerprint_of,
@@ -38,7 +40,7 @@ from pipeline.format import FORMAT_VERSION
 from pipeline.metrics import RunMetrics
 from pipeline.plan import infer_passthrough, plan_shards
 from pipeline.progress import Progress, RateMeter, Standing
-from pipeline.records import DatasetManifest, ShardCounts, ShardSpec
+from pipeline.records import Commit, DatasetManifest, ShardCounts, ShardSpec
 from pipeline.storage import ObjectStore, open_store
 
 EXIT_OK, EXIT_USAGE, EXIT_MISMATCH, EXIT_UNDONE, EXIT_REJECTED, EXIT_INTERRUPTED = 0, 2, 3, 4, 5, 130
@@ -137,11 +139,11 @@ def run(config: JobConfig, progress: Progress, metrics: RunMetrics) -> RunSummar
         f"{len(specs)} shards planned, {len(specs) - len(open_specs)} decided before, {len(todo)} to do in this run",
     )
     if config.run.dry_run:
-        return ledger.summary(EXIT_OK, store, None, None)
+        return ledger.summary(EXIT_OK, load_commits(store, decided), None, None)
     if not todo:
         if stored is not None:
             _refuse_other_model(store, stored, config)
-        return ledger.close(store, None if stored is None else stored.model.is_trained)
+        return ledger.close(publish_snapshot(store), None if stored is None else stored.model.is_trained)
     check_store(store, config.run.single_writer)
     with _interrupts() as interrupt, _ray(config, progress):
         interrupt.install()  # ray.init puts a handler of its own in the place of ours
@@ -149,16 +151,17 @@ def run(config: JobConfig, progress: Progress, metrics: RunMetrics) -> RunSummar
         try:
             facts = pool.start(interrupt)
             if facts is None:
-                return ledger.summary(EXIT_INTERRUPTED, store, None, None)
+                return ledger.summary(EXIT_INTERRUPTED, load_commits(store, decided), None, None)
             manifest = _open_output(store, config, facts, specs)
             if not manifest.model.is_trained:
                 progress.say("untrained", f"the model {manifest.model.model!r} is untrained: its latents mean nothing")
             _Dispatch(pool, manifest, ledger, interrupt, progress, store).until_decided()
         finally:
             pool.stop()
+    snapshot = publish_snapshot(store)
     if interrupt.is_set:
-        return ledger.summary(EXIT_INTERRUPTED, store, publish_snapshot(store).number, manifest.model.is_trained)
-    return ledger.close(store, manifest.model.is_trained)
+        return ledger.summary(EXIT_INTERRUPTED, snapshot.commits, snapshot, manifest.model.is_trained)
+    return ledger.close(snapshot, manifest.model.is_trained)
 
 
 def _mismatch(store: ObjectStore, differences: Mapping[str, tuple[object, object]]) -> ConfigMismatchError:
@@ -296,22 +299,21 @@ class _Ledger:
             elapsed_s=time.monotonic() - self._started,
         )
 
-    def close(self, store: ObjectStore, is_trained: bool | None) -> RunSummary:
-        """Publishes what is committed and gives the summary with the exit code that follows from the accounts."""
-        snapshot = publish_snapshot(store).number if self._planned else None
-        summary = self.summary(EXIT_OK, store, snapshot, is_trained)
+    def close(self, snapshot: Snapshot | None, is_trained: bool | None) -> RunSummary:
+        """The summary of a run that came to its end, with the exit code that follows from the accounts."""
+        summary = self.summary(EXIT_OK, snapshot.commits if snapshot else (), snapshot, is_trained)
         if summary.num_shards_undone:
-            code = EXIT_UNDONE
-        elif summary.num_videos_rejected > self._config.run.max_rejected_share * summary.num_videos:
-            code = EXIT_REJECTED
-        else:
-            code = EXIT_OK
-        return self.summary(code, store, snapshot, is_trained)
+            return replace(summary, exit_code=EXIT_UNDONE)
+        if summary.num_videos_rejected > self._config.run.max_rejected_share * summary.num_videos:
+            return replace(summary, exit_code=EXIT_REJECTED)
+        return summary
 
-    def summary(self, exit_code: int, store: ObjectStore, snapshot: int | None, is_trained: bool | None) -> RunSummary:
-        """The accounts of every planned shard that is decided."""
-        decided = set(self._planned) - {spec.shard_id for spec in self.todo} | self.done
-        totals = _sum(commit.counts for commit in load_commits(store, sorted(decided)))
+    def summary(
+        self, exit_code: int, commits: Iterable[Commit], snapshot: Snapshot | None, is_trained: bool | None
+    ) -> RunSummary:
+        """The accounts of every planned shard among the commits."""
+        planned = set(self._planned)
+        totals = _sum(commit.counts for commit in commits if commit.shard_id in planned)
         elapsed_s = time.monotonic() - self._started
         return RunSummary(
             exit_code=exit_code,
@@ -327,7 +329,7 @@ class _Ledger:
             num_clips_rejected=totals.num_clips_rejected,
             num_frames=totals.num_frames,
             reasons=totals.reasons,
-            snapshot=snapshot,
+            snapshot=None if snapshot is None else snapshot.number,
             elapsed_s=round(elapsed_s, 3),
             clips_per_s=round(self._num_records / elapsed_s, 4),
             is_trained=is_trained,
@@ -368,7 +370,7 @@ def _ray(config: JobConfig, progress: Progress) -> Iterator[None]:
     # Errors come back with the results; the workers' own output would tear the progress line apart.
     if address is not None:
         try:
-            ray.init(address=address, log_to_driver=False, logging_level="WARNING")
+            ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
         except (RayError, ConnectionError, RuntimeError) as error:
             raise UsageError(f"there is no Ray cluster at {address}: {error}") from error
     else:
@@ -378,7 +380,7 @@ def _ray(config: JobConfig, progress: Progress) -> Iterator[None]:
             include_dashboard=False,
             object_store_memory=80 << 20,
             log_to_driver=False,
-            logging_level="WARNING",
+            logging_level=logging.WARNING,
         )
     progress.say("ray", f"Ray {ray.__version__}, {'cluster ' + address if address else 'embedded'}, {_resources()}")
     try:

@@ -1,0 +1,168 @@
+"""Runs jobs as users do, as processes of their own, and looks at what they left behind.
+
+Not fixtures and not tests.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from pipeline.commit import load_commits
+from pipeline.records import Commit
+from pipeline.storage import open_store
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+ENCODE = ROOT / "jobs" / "encode_laion.py"
+# Small pictures: these tests are about what is kept and what is lost, not about pixels.
+SMALL = ["--model", "small", "--buckets", "64x64x17", "--format", "both"]
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a job ended: exit code, the JSON object of its last line, and what it said meanwhile."""
+
+    code: int
+    result: dict[str, Any]
+    said: str
+
+
+class RunningJob:
+    """A job started and not yet ended; its whole process tree ends with the `with` block."""
+
+    def __init__(self, flags: Sequence[str], env: Mapping[str, str], cwd: Path | None = None) -> None:
+        self._stdout = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed by __exit__
+        self._stderr = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        self.process = psutil.Popen(
+            [sys.executable, str(ENCODE), "--progress", "plain", *flags],
+            env={**os.environ, **env},
+            cwd=cwd or tempfile.gettempdir(),
+            stdout=self._stdout,
+            stderr=self._stderr,
+            start_new_session=True,
+        )
+        self._tree: dict[int, psutil.Process] = {}
+
+    def __enter__(self) -> RunningJob:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._note_tree()
+        for process in [self.process, *self._tree.values()]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        self.process.wait(30)
+        psutil.wait_procs(list(self._tree.values()), timeout=30)
+        self._stdout.close()
+        self._stderr.close()
+
+    def _note_tree(self) -> None:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            self._tree.update({p.pid: p for p in self.process.children(recursive=True)})
+
+    def find(self, part_of_command: str) -> list[psutil.Process]:
+        """Living descendants whose command line holds this text."""
+        self._note_tree()
+        found = []
+        for process in self._tree.values():
+            with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
+                if part_of_command in " ".join(process.cmdline()):
+                    found.append(process)
+        return found
+
+    def wait_until(self, condition: Callable[[], bool], what: str, timeout_s: float = 120) -> None:
+        """Polls a condition while the job runs."""
+        deadline = time.monotonic() + timeout_s
+        while not condition():
+            assert self.process.poll() is None, f"the job ended before {what}:\n{self.said()}"
+            assert time.monotonic() < deadline, f"not within {timeout_s} s: {what}\n{self.said()}"
+            self._note_tree()
+            time.sleep(0.05)
+
+    def said(self) -> str:
+        """Standard error up to now."""
+        self._stderr.seek(0)
+        return self._stderr.read()
+
+    def end(self, timeout_s: float = 200) -> Outcome:
+        """Waits for the job."""
+        deadline = time.monotonic() + timeout_s
+        while self.process.poll() is None:
+            assert time.monotonic() < deadline, f"the job did not end within {timeout_s} s:\n{self.said()}"
+            self._note_tree()
+            time.sleep(0.1)
+        self._stdout.seek(0)
+        lines = self._stdout.read().splitlines()
+        return Outcome(self.process.returncode, json.loads(lines[-1]) if lines else {}, self.said())
+
+
+def run_job(flags: Sequence[str], env: Mapping[str, str], cwd: Path | None = None) -> Outcome:
+    """Runs `python jobs/encode_laion.py FLAGS` to its end."""
+    with RunningJob(flags, env, cwd) as job:
+        return job.end()
+
+
+def data_digests(uri: str) -> dict[str, str]:
+    """SHA-256 of every committed data file by its key, read back from the store; checks what the commits state."""
+    store = open_store(uri)
+    digests = {}
+    for commit in load_commits(store):
+        for file in commit.files:
+            data = store.get(file.key)
+            digests[file.key] = hashlib.sha256(data).hexdigest()
+            assert (len(data), digests[file.key]) == (file.num_bytes, file.sha256), f"{file.key} is not as committed"
+    return digests
+
+
+def commits_of(uri: str) -> dict[str, Commit]:
+    """Every commit record by shard id."""
+    return {commit.shard_id: commit for commit in load_commits(open_store(uri))}
+
+
+def tree_of(folder: Path) -> dict[str, tuple[int, int]]:
+    """Every file under a folder with its size and time of change."""
+    return {
+        str(path.relative_to(folder)): (path.stat().st_size, path.stat().st_mtime_ns)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+@contextlib.contextmanager
+def ray_cluster(env: Mapping[str, str], num_cpus: int, ports: Sequence[int], folder: Path) -> Iterator[str]:
+    """A Ray head node with a job server, as a user starts one; gives the address for `ray job submit`."""
+    gcs, dashboard, client, agent = ports
+    log = (folder / "ray-head.log").open("w+")
+    command = ["ray", "start", "--head", "--block", f"--port={gcs}", f"--dashboard-port={dashboard}"]
+    command += [f"--ray-client-server-port={client}", f"--dashboard-agent-listen-port={agent}"]
+    command += ["--dashboard-host=127.0.0.1", "--node-ip-address=127.0.0.1", f"--num-cpus={num_cpus}"]
+    command += ["--object-store-memory=100000000", "--disable-usage-stats"]
+    command[0] = str(Path(sys.executable).parent / "ray")
+    head = psutil.Popen(
+        command, env={**os.environ, **env}, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+    )
+    try:
+        yield f"http://127.0.0.1:{dashboard}"
+    finally:
+        tree = head.children(recursive=True)
+        head.send_signal(signal.SIGTERM)
+        with contextlib.suppress(psutil.TimeoutExpired):
+            head.wait(20)
+        for process in [head, *tree]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs([head, *tree], timeout=30)
+        log.close()

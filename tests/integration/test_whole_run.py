@@ -1,0 +1,249 @@
+"""The promises of a run, kept with real clips, real Ray, real decoders and a real S3 store.
+
+- Every sample of the input is decided: a committed record or a recorded rejection; the accounts balance.
+- The same command again does nothing; another configuration is refused.
+- The bytes depend on input and configuration alone: not on the number of actors, not on who was killed on the way.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from urllib.error import HTTPError, URLError
+from urllib.request import urlopen
+
+import psutil
+import pytest
+from builders import CLIP_STILLS, CLIP_VIDEOS, pack_clips
+from integration.jobs_under_test import (
+    ROOT,
+    SMALL,
+    Outcome,
+    RunningJob,
+    commits_of,
+    data_digests,
+    ray_cluster,
+    run_job,
+    tree_of,
+)
+from prometheus_client.parser import text_string_to_metric_families
+
+from pipeline import LatentDataset
+
+NUM_SHARDS = 4
+MEDIA = (*CLIP_VIDEOS, *CLIP_STILLS)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Real clips and stills in four tars."""
+    folder = tmp_path_factory.mktemp("shards")
+    pack_clips(folder, NUM_SHARDS, MEDIA)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def undisturbed(
+    shards: Path, ray_home: Mapping[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Outcome]:
+    """An output of one actor that nothing disturbed, and how that run ended."""
+    output = tmp_path_factory.mktemp("undisturbed") / "latents"
+    outcome = run_job([*_flags(shards, output), "--num-actors", "1"], ray_home)
+    assert outcome.code == 0, outcome.said
+    return output, outcome
+
+
+def _flags(shards: Path, output: Path | str) -> list[str]:
+    return ["--input", str(shards), "--output", str(output), *SMALL]
+
+
+def test_every_sample_is_decided_and_the_accounts_balance(undisturbed: tuple[Path, Outcome]) -> None:
+    output, outcome = undisturbed
+    result = outcome.result
+    assert result["num_shards"] == result["num_shards_done"] == NUM_SHARDS
+    assert result["num_videos"] == result["num_videos_ok"] == result["num_records"] == len(MEDIA)
+    assert (result["num_videos_rejected"], result["num_shards_undone"], result["snapshot"]) == (0, 0, 1)
+    commits = commits_of(str(output))
+    assert [shard_id.split("-")[0] for shard_id in sorted(commits)] == ["00000", "00001", "00002", "00003"]
+    assert sum(commit.counts.num_frames for commit in commits.values()) == 17 * len(CLIP_VIDEOS) + len(CLIP_STILLS)
+    contents = {file.content for commit in commits.values() for file in commit.files}
+    assert contents == {"parquet", "webdataset"}
+
+
+def test_a_training_loop_reads_every_record_with_its_caption(undisturbed: tuple[Path, Outcome]) -> None:
+    output, _ = undisturbed
+    captions = {path.with_suffix(".txt").read_text(encoding="utf-8").strip() for path in MEDIA}
+    read = {}
+    for batch in LatentDataset(str(output), batch_size=4):
+        assert batch["latents"].shape[1:] in {(4, 5, 8, 8), (4, 1, 8, 8)}
+        read.update(dict(zip(batch["key"], batch["caption"], strict=True)))
+    assert len(read) == len(MEDIA)
+    assert {caption.strip() for caption in read.values()} == captions
+
+
+def test_the_same_command_again_changes_nothing(
+    undisturbed: tuple[Path, Outcome], shards: Path, ray_home: Mapping[str, str]
+) -> None:
+    output, _ = undisturbed
+    before = tree_of(output)
+    again = run_job(_flags(shards, output), ray_home)
+    assert again.code == 0
+    assert (again.result["num_shards_done"], again.result["num_shards_done_before"]) == (0, NUM_SHARDS)
+    assert again.result["num_records"] == len(MEDIA)
+    assert tree_of(output) == before
+
+
+def test_another_configuration_is_refused_with_the_differing_keys(
+    undisturbed: tuple[Path, Outcome], shards: Path, ray_home: Mapping[str, str]
+) -> None:
+    output, _ = undisturbed
+    before = tree_of(output)
+    other = run_job([*_flags(shards, output), "--fps", "4", "--store", "moments"], ray_home)
+    assert other.code == 3
+    assert other.result["differences"] == {"fps": [8.0, 4.0], "store": ["mean", "moments"]}
+    assert tree_of(output) == before
+
+
+def test_a_dry_run_says_what_there_is_to_do_and_writes_nothing(
+    shards: Path, ray_home: Mapping[str, str], tmp_path: Path
+) -> None:
+    outcome = run_job([*_flags(shards, tmp_path / "latents"), "--dry-run"], ray_home)
+    assert (outcome.code, outcome.result["num_shards"], outcome.result["num_shards_undone"]) == (0, 4, 4)
+    assert not (tmp_path / "latents").exists()
+
+
+def test_killing_a_decode_child_and_an_actor_leaves_the_same_bytes(
+    undisturbed: tuple[Path, Outcome], shards: Path, ray_home: Mapping[str, str], tmp_path: Path
+) -> None:
+    output = tmp_path / "latents"
+    with RunningJob([*_flags(shards, output), "--num-actors", "1"], ray_home) as job:
+        job.wait_until(lambda: bool(job.find("decode_child")), "a decode child was there")
+        job.find("decode_child")[0].kill()
+        job.wait_until(lambda: bool(list(output.glob("commits/*/*.json"))), "the first commit was there")
+        for actor in job.find("ray::EncodeActor"):
+            actor.kill()
+        outcome = job.end()
+    assert outcome.code == 0, outcome.said
+    assert outcome.result["num_records"] == len(MEDIA)
+    assert data_digests(str(output)) == data_digests(str(undisturbed[0]))
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGINT, 130), (signal.SIGTERM, 130)])
+def test_a_driver_that_is_stopped_goes_on_with_the_same_bytes(
+    number: int,
+    code: int,
+    undisturbed: tuple[Path, Outcome],
+    shards: Path,
+    ray_home: Mapping[str, str],
+    tmp_path: Path,
+) -> None:
+    output = tmp_path / "latents"
+    flags = [*_flags(shards, output), "--num-actors", "1"]
+    with RunningJob(flags, ray_home) as job:
+        job.wait_until(lambda: bool(list(output.glob("commits/*/*.json"))), "the first commit was there")
+        actors = job.find("ray::EncodeActor") + job.find("decode_child")
+        assert actors
+        job.process.send_signal(number)
+        stopped = job.end()
+        assert stopped.code == code, stopped.said
+        deadline = time.monotonic() + 60
+        while any(_is_alive(actor) for actor in actors) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        assert not [actor for actor in actors if _is_alive(actor)], "an actor or a decode child outlived its driver"
+    num_before = len(commits_of(str(output)))
+    assert 1 <= num_before < NUM_SHARDS
+    outcome = run_job(flags, ray_home)
+    assert outcome.code == 0, outcome.said
+    assert outcome.result["num_shards_done_before"] == num_before
+    assert data_digests(str(output)) == data_digests(str(undisturbed[0]))
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    with suppress(psutil.NoSuchProcess):
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    return False
+
+
+def test_metrics_of_a_run_are_served_while_it_runs(shards: Path, ray_home: Mapping[str, str], tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    seen: dict[tuple[str, str], float] = {}
+
+    def scrape() -> bool:
+        with suppress(URLError, ConnectionError), urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as response:
+            for family in text_string_to_metric_families(response.read().decode()):
+                for sample in family.samples:
+                    seen[sample.name, ",".join(sample.labels.values())] = sample.value
+        return seen.get(("latentmill_shards", "done"), 0) >= 2
+
+    flags = [*_flags(shards, tmp_path / "latents"), "--num-actors", "1", "--metrics-port", str(port)]
+    with RunningJob(flags, ray_home) as job:
+        job.wait_until(scrape, "two shards were done")
+    assert seen["latentmill_videos_total", "ok"] >= 2
+    assert seen["latentmill_shard_commit_total", "committed"] >= 2
+    assert seen["latentmill_bytes_total", "in"] > seen["latentmill_bytes_total", "out"] > 0
+    assert 0 < seen["latentmill_encoder_busy_ratio", "0"] <= 1
+
+
+def test_a_job_submitted_to_a_cluster_writes_the_same_bytes_to_s3_with_four_actors(
+    undisturbed: tuple[Path, Outcome],
+    shards: Path,
+    ray_home: Mapping[str, str],
+    s3_env: Mapping[str, str],
+    free_ports: list[int],
+    tmp_path: Path,
+) -> None:
+    output = "s3://latents/submitted"
+    env = {**ray_home, **s3_env}
+    job = [*_flags(shards, output), "--num-actors", "4", "--cpus-per-actor", "1", "--progress", "json"]
+    with ray_cluster(env, num_cpus=4, ports=free_ports[:4], folder=tmp_path) as address:
+        _wait_for(address)
+        first = _submit(address, env, job)
+        second = _submit(address, env, job)
+    assert first["exit_code"] == second["exit_code"] == 0
+    assert (first["num_shards_done"], first["num_records"]) == (NUM_SHARDS, len(MEDIA))
+    assert (second["num_shards_done"], second["num_shards_done_before"]) == (0, NUM_SHARDS)
+    assert data_digests(output) == data_digests(str(undisturbed[0]))
+    read = [key for batch in LatentDataset(output, batch_size=3) for key in batch["key"]]
+    assert len(read) == len(set(read)) == len(MEDIA)
+
+
+def _wait_for(address: str) -> None:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        # Any answer, a refusal for want of a token too, shows that the server is up.
+        try:
+            urlopen(f"{address}/api/version", timeout=5).close()
+            return
+        except HTTPError:
+            return
+        except (URLError, ConnectionError):
+            pass
+        time.sleep(0.3)
+    raise AssertionError(f"no Ray job server at {address}")
+
+
+def _submit(address: str, env: Mapping[str, str], job: list[str]) -> dict[str, object]:
+    ray = str(Path(sys.executable).parent / "ray")
+    command = [ray, "job", "submit", "--address", address, "--working-dir", ".", "--", sys.executable]
+    done = subprocess.run(
+        [*command, "jobs/encode_laion.py", *job],
+        cwd=ROOT,
+        env={**os.environ, **env},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    results = [line for line in done.stdout.splitlines() if line.startswith('{"exit_code"')]
+    assert results, done.stdout[-4000:] + done.stderr[-4000:]
+    return dict(json.loads(results[-1]))
