@@ -29,7 +29,6 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from pipeline import storage
 from pipeline.errors import (
     ConfigMismatchError,
     DamagedObjectError,
@@ -40,7 +39,8 @@ from pipeline.errors import (
     UsageError,
 )
 from pipeline.records import Commit, DatasetManifest, FileStat, ModelFacts, ShardCounts
-from pipeline.storage import Backoff, ObjectStore, sha256_of_file
+from pipeline.storage import ObjectStore, sha256_of_file
+from pipeline.store import Backoff
 
 LAYOUT_VERSION = 1
 MANIFEST_KEY = "_dataset.json"
@@ -123,7 +123,7 @@ def create_once(store: ObjectStore, key: str, data: bytes) -> bytes:
             return data
         except (ObjectExistsError, OutcomeUnknownError) as error:
             standing = store.find(key)
-            if standing is None and not backoff.pause(storage.RETRY_BUDGET_S):
+            if standing is None and not backoff.pause():
                 raise StorageUnavailableError(
                     f"{store.url(key)} could not be created and is not there after {backoff.num_pauses + 1} attempts; "
                     f"trying again is safe. Last answer: {error}"
@@ -138,8 +138,8 @@ def check_store(store: ObjectStore, single_writer: bool) -> None:
         UsageError: the store does not keep one of these promises and `single_writer` is off.
         StorageError: the store cannot be written or read.
     """
-    folder = f"_probe/{uuid.uuid4().hex}"
-    probes = [f"{folder}/twice", f"{folder}/race"]
+    probe = f"_probe/{uuid.uuid4().hex}"
+    probes = [f"{probe}-twice", f"{probe}-race"]
     try:
         broken = _broken_promise(store, *probes)
     finally:

@@ -1,0 +1,306 @@
+"""The object store as the pipeline sees it, and a local folder as one.
+
+Not S3 (that is `s3`), and not where anything is decided: which write counts, and what an unknown outcome means, is
+`commit`. Used by `s3`, `storage` and `commit`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import shutil
+import stat
+import time
+import uuid
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from pipeline.errors import ObjectExistsError, StorageError, StorageNotFoundError, UsageError
+
+# An outage or a throttled prefix passes within this; a shard's work is worth waiting for.
+RETRY_BUDGET_S = 900.0
+_SHORTEST_PAUSE_S = 0.1
+_LONGEST_PAUSE_S = 20.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ObjectInfo:
+    """An object of a store; `etag` is None on a local disk."""
+
+    key: str
+    num_bytes: int
+    etag: str | None
+
+
+class Backoff:
+    """Pauses between attempts: full jitter, the limit doubling from 0.1 s to 20 s, until a budget is spent."""
+
+    def __init__(self) -> None:
+        self.num_pauses = 0
+        self._started = time.monotonic()
+
+    def pause(self, budget_s: float | None = None) -> bool:
+        """Sleeps, or returns False at once when the pause would end after the budget (default RETRY_BUDGET_S)."""
+        # 2**16 is far above the longest pause; the bound only keeps the float finite.
+        limit_s = min(_LONGEST_PAUSE_S, _SHORTEST_PAUSE_S * 2 ** min(self.num_pauses, 16))
+        pause_s = random.uniform(0, limit_s)
+        if time.monotonic() - self._started + pause_s > (RETRY_BUDGET_S if budget_s is None else budget_s):
+            return False
+        self.num_pauses += 1
+        time.sleep(pause_s)
+        return True
+
+
+class ObjectStore(ABC):
+    """A root under which bytes lie by key; keys are relative, with slashes, and never lead out of the root.
+
+    Every method raises StorageError for what will fail again (denied, not writable), StorageUnavailableError for what
+    may pass. Instances hold no connection: they pickle, and may be shared by threads and
+    inherited by forked processes.
+    """
+
+    root_uri: str
+
+    def get(self, key: str) -> bytes:
+        """The whole object.
+
+        Raises:
+            StorageNotFoundError: there is no such object.
+        """
+        data = self.find(key)
+        if data is None:
+            raise StorageNotFoundError(f"{self.url(key)} does not exist")
+        return data
+
+    @abstractmethod
+    def find(self, key: str) -> bytes | None:
+        """The whole object, or None where there is none. A missing bucket is an error, not None."""
+
+    @abstractmethod
+    def get_range(self, key: str, start: int, length: int) -> bytes:
+        """`length` bytes from `start`; fewer only where the object ends.
+
+        Raises:
+            StorageNotFoundError: there is no such object.
+        """
+
+    @abstractmethod
+    def fetch_file(self, key: str, path: Path) -> None:
+        """Copies the object to a local file; on failure no file is left. The caller verifies what came.
+
+        Raises:
+            StorageNotFoundError: there is no such object.
+        """
+
+    @abstractmethod
+    def put_file(self, key: str, path: Path, sha256: str) -> None:
+        """Stores a local file under a name that holds its hash, whatever was there.
+
+        Nobody sees a part of it. The bytes that arrive are checked against `sha256` (hex) before they count.
+        """
+
+    @abstractmethod
+    def put_if_absent(self, key: str, data: bytes) -> None:
+        """Creates a small object, once and whole. Sent once: `commit.create_once` is what callers want.
+
+        Raises:
+            ObjectExistsError: an object stands under the key, possibly this one.
+            OutcomeUnknownError: the store did not say what happened.
+        """
+
+    @abstractmethod
+    def list(self, prefix: str) -> Iterator[ObjectInfo]:
+        """The objects whose keys start with `prefix`, in the order of their keys, straight from the store."""
+
+    @abstractmethod
+    def head(self, key: str) -> ObjectInfo | None:
+        """What is under a key, or None."""
+
+    @abstractmethod
+    def delete(self, key: str) -> None:
+        """Removes an object; no error when there is none."""
+
+    @abstractmethod
+    def url(self, key: str) -> str:
+        """The path or URI of a key, as other tools take it."""
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.root_uri!r})"
+
+
+def sha256_of_file(path: Path) -> str:
+    """SHA-256 of a local file in hex."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def shown_uri(uri: str) -> str:
+    """A URI as messages may show it: without user, password and query (presigned URLs carry their secret there)."""
+    scheme, separator, rest = uri.partition("://")
+    if not separator:
+        return uri
+    host, slash, path = rest.partition("/")
+    return f"{scheme}://{host.rpartition('@')[2]}{slash}{path.partition('?')[0]}"
+
+
+def checked_key(key: str) -> str:
+    # Keys come from records, and a dataset may come from anyone.
+    if not key or key.startswith("/") or "\0" in key or any(part in ("", ".", "..") for part in key.split("/")):
+        raise StorageError(f"the key {key!r} is not a plain relative path, so it is not followed")
+    return key
+
+
+class LocalStore(ObjectStore):
+    """A folder. Files are written under `.tmp/`, synced, then linked into place: none is ever seen half-written."""
+
+    def __init__(self, root: str) -> None:
+        if os.path.exists(root) and not os.path.isdir(root):
+            raise UsageError(f"{root} is a file; an output is a folder, which is made when it is missing")
+        self.root_uri = root
+
+    def url(self, key: str) -> str:
+        return os.path.join(self.root_uri, checked_key(key))
+
+    def find(self, key: str) -> bytes | None:
+        with self._errors("read", key):
+            try:
+                return Path(self.url(key)).read_bytes()
+            except (FileNotFoundError, NotADirectoryError):
+                return None
+
+    def get_range(self, key: str, start: int, length: int) -> bytes:
+        with self._errors("read", key), open(self.url(key), "rb") as file:
+            file.seek(start)
+            return file.read(length)
+
+    def fetch_file(self, key: str, path: Path) -> None:
+        with self._errors("read", key), open(self.url(key), "rb") as source:
+            copy_or_nothing(source, path)
+
+    def put_file(self, key: str, path: Path, sha256: str) -> None:
+        def copy(target: BinaryIO) -> None:
+            digest = hashlib.sha256()
+            with path.open("rb") as source:
+                while block := source.read(1 << 20):
+                    digest.update(block)
+                    target.write(block)
+            if digest.hexdigest() != sha256:
+                raise StorageError(
+                    f"{path} changed while it was stored as {self.url(key)}: its SHA-256 is not {sha256}"
+                )
+
+        with self._errors("write", key), self._temporary(copy) as temporary:
+            final = self._in_folder(key)
+            os.replace(temporary, final)
+            _sync_folder(os.path.dirname(final))
+
+    def put_if_absent(self, key: str, data: bytes) -> None:
+        with self._errors("create", key), self._temporary(lambda target: target.write(data)) as temporary:
+            final = self._in_folder(key)
+            # link() alone creates a finished file under a name that must be free: rename() replaces, and open("x")
+            # shows an empty file to whoever looks before the write.
+            try:
+                os.link(temporary, final)
+            except FileExistsError as error:
+                raise ObjectExistsError(f"{final} exists already") from error
+            _sync_folder(os.path.dirname(final))
+
+    def list(self, prefix: str) -> Iterator[ObjectInfo]:
+        def refuse(error: OSError) -> None:
+            # os.walk() would pass over a folder that may not be read, and its shards would count as not done.
+            if not isinstance(error, FileNotFoundError):
+                raise error
+
+        found = []
+        with self._errors("list", prefix):
+            top = os.path.normpath(os.path.join(self.root_uri, os.path.dirname(prefix)))
+            for folder, folders, names in os.walk(top, onerror=refuse):
+                if folder == self.root_uri:
+                    folders[:] = [name for name in folders if name != ".tmp"]
+                found += [os.path.relpath(os.path.join(folder, name), self.root_uri) for name in names]
+        for key in sorted(found):
+            info = self.head(key) if key.startswith(prefix) else None
+            if info is not None:
+                yield info
+
+    def head(self, key: str) -> ObjectInfo | None:
+        with self._errors("read", key):
+            try:
+                status = os.stat(self.url(key))
+            except (FileNotFoundError, NotADirectoryError):
+                return None
+        return ObjectInfo(key=key, num_bytes=status.st_size, etag=None) if stat.S_ISREG(status.st_mode) else None
+
+    def delete(self, key: str) -> None:
+        with self._errors("delete", key), suppress(FileNotFoundError):
+            os.unlink(self.url(key))
+
+    @contextmanager
+    def _temporary(self, write: Callable[[BinaryIO], object]) -> Iterator[str]:
+        """A written and synced file beside the data; gone afterwards unless it was moved away."""
+        path = os.path.join(self.root_uri, ".tmp", uuid.uuid4().hex)
+        _make_folder(os.path.dirname(path))
+        try:
+            with open(path, "xb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            yield path
+        finally:
+            with suppress(FileNotFoundError):
+                os.unlink(path)
+
+    def _in_folder(self, key: str) -> str:
+        path = self.url(key)
+        _make_folder(os.path.dirname(path))
+        return path
+
+    @contextmanager
+    def _errors(self, verb: str, key: str) -> Iterator[None]:
+        where = os.path.join(self.root_uri, key)
+        try:
+            yield
+        except FileNotFoundError as error:
+            if verb == "read":
+                raise StorageNotFoundError(f"{where} does not exist") from error
+            raise StorageError(f"cannot {verb} {where}: {error.strerror} ({error.filename})") from error
+        except OSError as error:
+            raise StorageError(
+                f"cannot {verb} {where}: {error.strerror or error}; check that {self.root_uri} is a folder on a disk "
+                "with hard links and free space, and that you may write there"
+            ) from error
+
+
+def _make_folder(path: str) -> None:
+    if not os.path.isdir(path):
+        parent = os.path.dirname(path)
+        _make_folder(parent)
+        with suppress(FileExistsError):
+            os.mkdir(path)
+        _sync_folder(parent)
+
+
+def _sync_folder(path: str) -> None:
+    # A name is safe from a power cut only when its folder is synced too.
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def copy_or_nothing(source: BinaryIO, path: Path) -> None:
+    try:
+        with path.open("wb") as target:
+            shutil.copyfileobj(source, target, 1 << 20)
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise

@@ -1,0 +1,166 @@
+"""Fixtures that several test folders share: a real S3 store on this machine, and a home of their own for Ray's files."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+import uuid
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import botocore.session
+import pytest
+
+BIN = Path(sys.executable).parent
+
+
+@dataclass(frozen=True)
+class SeaweedFS:
+    """A running store; `env` is what a process needs to reach it, `root()` a place in it that nobody else uses."""
+
+    endpoint: str
+    bucket: str
+    env: Mapping[str, str]
+
+    def root(self) -> str:
+        return f"s3://{self.bucket}/{uuid.uuid4().hex[:12]}"
+
+    def client(self) -> Any:
+        """A plain botocore client, for looking at the store from outside."""
+        return botocore.session.get_session().create_client(
+            "s3",
+            endpoint_url=self.endpoint,
+            region_name="us-east-1",
+            aws_access_key_id=self.env["AWS_ACCESS_KEY_ID"],
+            aws_secret_access_key=self.env["AWS_SECRET_ACCESS_KEY"],
+        )
+
+
+def s3_variables(endpoint: str, key: str, secret: str) -> dict[str, str]:
+    """The environment of a process that uses an S3 store here, and nothing else that this machine may offer."""
+    return {
+        "AWS_ENDPOINT_URL": endpoint,
+        "AWS_ACCESS_KEY_ID": key,
+        "AWS_SECRET_ACCESS_KEY": secret,
+        "AWS_EC2_METADATA_DISABLED": "true",
+        "AWS_CONFIG_FILE": os.devnull,
+        "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+    }
+
+
+def free_ports(count: int) -> int:
+    """The first of `count` neighbouring free ports whose neighbours 10,000 above are free too.
+
+    weed listens on both. Ray's workers take 10002-19999, and the system gives out 32768 and above.
+    """
+    start = 20_000 + os.getpid() * 16 % 2_500
+    for first in [*range(start, 22_600, 16), *range(20_000, start, 16)]:
+        if all(_is_free(port + above) for port in range(first, first + count) for above in (0, 10_000)):
+            return first
+    raise RuntimeError("no free ports between 20000 and 22600")
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        return probe.connect_ex(("127.0.0.1", port)) != 0
+
+
+def wait_for_http(url: str, process: subprocess.Popen[bytes], log: Path, timeout_s: float = 60) -> None:
+    """Returns once a server answers anything."""
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            with urllib.request.urlopen(url, timeout=5):
+                return
+        except urllib.error.HTTPError as answer:
+            answer.close()
+            return
+        except OSError:
+            time.sleep(0.1)
+    raise RuntimeError(f"{url} did not answer: {log.read_text(errors='replace')[-2000:]}")
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    process.terminate()
+    try:
+        process.wait(20)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture(scope="session")
+def seaweedfs() -> Iterator[SeaweedFS]:
+    """One SeaweedFS for the session; it refuses what AWS refuses: second creates, wrong checksums, wrong secrets."""
+    folder = Path(tempfile.mkdtemp(prefix="weed-"))
+    log = folder / "log"
+    port = free_ports(5)
+    env = s3_variables(f"http://127.0.0.1:{port}", "test", "testtest")
+    names = ("s3", "master", "volume", "filer", "admin")
+    command = [
+        str(BIN / "weed"),
+        "mini",
+        f"-dir={folder}",
+        "-ip=127.0.0.1",
+        "-ip.bind=127.0.0.1",
+        *(f"-{name}.port={port + number}" for number, name in enumerate(names)),
+        "-webdav=false",
+        "-admin.ui=false",
+        "-s3.port.iceberg=0",
+        "-s3.port.lance=0",
+        "-s3.autoCreateBucket=false",
+        "-bucket=shards,latents",
+    ]
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command, stdout=output, stderr=output, env={**os.environ, **env, "GOMEMLIMIT": "200MiB"}
+        )
+    try:
+        wait_for_http(f"http://127.0.0.1:{port}", process, log)
+        store = SeaweedFS(endpoint=f"http://127.0.0.1:{port}", bucket="latents", env=env)
+        _wait_for_bucket(store)
+        yield store
+    finally:
+        stop(process)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _wait_for_bucket(store: SeaweedFS) -> None:
+    client = store.client()
+    for _ in range(200):
+        if store.bucket in {bucket["Name"] for bucket in client.list_buckets()["Buckets"]}:
+            return
+        time.sleep(0.1)
+    raise RuntimeError(f"the bucket {store.bucket} was not made")
+
+
+@pytest.fixture
+def s3_env(seaweedfs: SeaweedFS, monkeypatch: pytest.MonkeyPatch) -> SeaweedFS:
+    """The store, with this process's environment set to reach it."""
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    for name, value in seaweedfs.env.items():
+        monkeypatch.setenv(name, value)
+    return seaweedfs
+
+
+@pytest.fixture(scope="session")
+def ray_home() -> Iterator[dict[str, str]]:
+    """Environment of a process that starts Ray: its own HOME and temporary folder.
+
+    The folder's name is short because the paths of Ray's sockets below it may have 107 characters at most.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="lm", dir="/tmp"))
+    (folder / "home").mkdir()
+    yield {"HOME": str(folder / "home"), "RAY_TMPDIR": str(folder)}
+    shutil.rmtree(folder, ignore_errors=True)
