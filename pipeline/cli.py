@@ -51,7 +51,9 @@ def _parser() -> argparse.ArgumentParser:
 
     urls = commands.add_parser("urls", help="the committed data files, one a line")
     urls.add_argument("uri", help="local folder or s3://bucket/prefix")
-    urls.add_argument("--format", choices=("parquet", "webdataset", "rejected"), help="default: parquet, where there is any")
+    urls.add_argument(
+        "--format", choices=("parquet", "webdataset", "rejected"), help="default: parquet where there is any"
+    )
     urls.set_defaults(command=_urls)
 
     preview = commands.add_parser("preview", help="latents as pictures")

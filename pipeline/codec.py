@@ -45,8 +45,14 @@ def load_model(encoding: EncodingConfig, device: torch.device) -> cvvae.CVVAE:
         vae = cvvae.load(encoding.model, encoding.subfolder, torch_dtype=dtype, revision=encoding.revision)
     except (cvvae.CheckpointError, OSError, ValueError) as error:
         raise UsageError(f"--model {encoding.model}: {error}") from error
-    vae.set_chunking(encoding.chunk_frames, encoding.tile_px)
-    return vae.to(device).eval().requires_grad_(False)
+    if encoding.chunk_frames is not None:
+        vae.chunk_num_frames = encoding.chunk_frames or None
+    if encoding.tile_px is not None:
+        vae.tile_size_px = encoding.tile_px or None
+        if 0 < encoding.tile_px <= vae.tile_overlap_px:
+            raise UsageError(f"--tile-px: {encoding.tile_px} is not more than the overlap of {vae.tile_overlap_px} px")
+    vae.to(device)
+    return vae.eval().requires_grad_(False)
 
 
 def model_facts(vae: cvvae.CVVAE, encoding: EncodingConfig) -> ModelFacts:

@@ -1,0 +1,131 @@
+"""Clips to latents: a record depends on its clip alone, every clip is answered once, and bad numbers are rejections."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import cvvae
+from pipeline.codec import ClipEncoder, LatentDecoder, batch_size, output_to_pixels, pixels_to_input
+from pipeline.config import EncodingConfig, parse_arguments
+from pipeline.errors import UsageError
+from pipeline.records import Bucket, Clip, ClipFailure, LatentRecord, VideoFacts
+
+CPU = torch.device("cpu")
+BUCKET = Bucket(width_px=40, height_px=32, num_frames=9)
+_FACTS = VideoFacts(
+    width_px=40, height_px=32, num_frames=9, fps=8.0, duration_s=1.1, codec="h264", decoder="decord-0.6"
+)
+
+
+def _encoding(*flags: str) -> EncodingConfig:
+    return parse_arguments(["--input", "i", "--output", "o", "--model", "small", *flags]).encoding
+
+
+def _clip(seed: int, bucket: Bucket = BUCKET) -> Clip:
+    shape = (bucket.num_frames, bucket.height_px, bucket.width_px, 3)
+    return Clip(
+        key=f"key{seed}",
+        clip_index=seed,
+        bucket=bucket,
+        frames=np.random.default_rng(seed).integers(0, 256, shape, np.uint8),
+        frame_times_s=np.arange(bucket.num_frames) / 8,
+        start_s=0.0,
+        end_s=bucket.num_frames / 8,
+        fps=8.0,
+        crop=(0, 0, 40, 32),
+        facts=_FACTS,
+        caption=f"caption {seed}",
+        fields={"seed": seed},
+        source_uri="u",
+    )
+
+
+def _records(encoder: ClipEncoder, clips: Sequence[Clip | ClipFailure]) -> list[LatentRecord]:
+    records = [entry for entry in encoder.encode(clips) if isinstance(entry, LatentRecord)]
+    assert len(records) == len(clips)
+    return records
+
+
+def test_a_record_is_the_posterior_mean_unscaled_with_all_that_was_said_of_the_clip() -> None:
+    clip = _clip(3)
+    (record,) = _records(ClipEncoder(_encoding("--store-dtype", "float32"), CPU), [clip])
+    vae = cvvae.load("small")
+    with torch.inference_mode():
+        frames = torch.from_numpy(clip.frames)[None].permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+        expected = vae.encode(frames).latent_dist.mean[0].numpy()
+    np.testing.assert_allclose(record.mean, expected, atol=1e-5)
+    assert (record.mean.shape, record.mean.dtype) == ((4, 3, 4, 5), np.float32)
+    assert (record.key, record.clip_index, record.caption, record.fields) == ("key3", 3, "caption 3", {"seed": 3})
+    assert record.logvar is None
+
+
+def test_moments_carry_the_log_variance_beside_the_mean() -> None:
+    (record,) = _records(ClipEncoder(_encoding("--store", "moments"), CPU), [_clip(0)])
+    assert record.logvar is not None
+    assert record.mean.shape == record.logvar.shape == (4, 3, 4, 5)
+    assert record.mean.dtype == record.logvar.dtype == np.float16
+    assert not np.array_equal(record.mean, record.logvar)
+
+
+def test_a_latent_does_not_depend_on_its_neighbours_or_their_order() -> None:
+    image = Bucket(width_px=40, height_px=32, num_frames=1)
+    clips = [_clip(0), _clip(1, image), _clip(2), _clip(3, image)]
+    encoder = ClipEncoder(_encoding(), CPU)
+    together = {record.key: record.mean.tobytes() for record in _records(encoder, clips)}
+    alone = {record.key: record.mean.tobytes() for clip in reversed(clips) for record in _records(encoder, [clip])}
+    assert together == alone
+
+
+def test_failures_pass_through_and_every_clip_is_answered() -> None:
+    failure = ClipFailure(key="x", clip_index=None, step="decode", reason="timeout", message="m", source_uri="u")
+    answers = list(ClipEncoder(_encoding(), CPU).encode([_clip(0), failure, _clip(1)]))
+    assert failure in answers
+    assert {answer.key for answer in answers} == {"key0", "x", "key1"}
+
+
+def test_latents_that_are_not_finite_become_rejections(tmp_path: Path) -> None:
+    vae = cvvae.load("small")
+    with torch.no_grad():
+        for name, parameter in vae.named_parameters():
+            if name.startswith("encoder") and parameter.dim() > 1:
+                parameter.mul_(1e4)
+    vae.save_pretrained(tmp_path)
+    encoding = replace(_encoding("--store-dtype", "float16"), model=str(tmp_path))
+    (answer,) = ClipEncoder(encoding, CPU).encode([_clip(0)])
+    assert isinstance(answer, ClipFailure)
+    assert (answer.reason, answer.step, answer.clip_index) == ("nonfinite_latent", "encode", 0)
+    assert "stored as float16" in answer.message
+
+
+def test_a_model_that_cannot_be_loaded_is_wrong_use(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--model"):
+        ClipEncoder(replace(_encoding(), model=str(tmp_path / "nowhere")), CPU)
+
+
+def test_batches_hold_about_the_same_number_of_pixels_on_a_gpu_and_one_clip_on_a_cpu() -> None:
+    video = Bucket(width_px=256, height_px=256, num_frames=17)
+    large = Bucket(width_px=1024, height_px=1024, num_frames=49)
+    assert batch_size(video, 136, "cpu") == 1
+    assert batch_size(video, 136, "cuda") == 8
+    assert batch_size(large, 136, "cuda") == 1
+    assert batch_size(Bucket(width_px=256, height_px=256, num_frames=1), 136, "cuda") == 136
+
+
+def test_pixels_survive_the_way_in_and_out() -> None:
+    frames = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16, 1).expand(1, 2, 16, 16, 3)
+    back = output_to_pixels(pixels_to_input(frames, torch.float32)[0])
+    np.testing.assert_array_equal(back, frames[0].numpy())
+    assert output_to_pixels(torch.tensor([-2.0, 0.0, 2.0]).reshape(3, 1, 1, 1)).ravel().tolist() == [0, 128, 255]
+
+
+def test_a_latent_decodes_to_the_frames_of_its_clip() -> None:
+    encoding = _encoding()
+    (record,) = _records(ClipEncoder(encoding, CPU), [_clip(0)])
+    frames = LatentDecoder(encoding, CPU).decode(record.mean)
+    assert (frames.shape, frames.dtype) == ((9, 32, 40, 3), np.uint8)
