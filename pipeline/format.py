@@ -1,8 +1,8 @@
-"""The files of an output: what a row holds, how it becomes bytes, and how it is read back.
+"""The files of an output: what a row holds and how it becomes bytes.
 
-Not where files go or when they count (that is `storage` and `commit`). `actors` writes with `ShardWriter`; `dataset`,
-`audit` and `export` read with `open_records` and `read_records`. Readers without Latentmill need nothing from here:
-Parquet and tar files are plain, and `COLUMNS` below is their description.
+Not where files go or when they count (that is `storage` and `commit`), and not where rows are read back (`stored`).
+`actors` writes with `ShardWriter`. Readers without Latentmill need nothing from here: Parquet and tar files are plain,
+and `COLUMNS` below is their description.
 
 Two forms of the same rows:
 
@@ -34,9 +34,8 @@ import json
 import math
 import re
 import tarfile
-from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -49,7 +48,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.errors import DamagedObjectError
-from pipeline.records import ClipFailure, DatasetManifest, LatentRecord, Step
+from pipeline.records import ClipFailure, DatasetManifest, LatentRecord
 
 FORMAT_VERSION = 1
 
@@ -498,179 +497,3 @@ def _npy_bytes(array: npt.NDArray[np.floating], dtype: str) -> bytes:
     little = np.ascontiguousarray(array, dtype=_LATENT_DTYPES[dtype])
     np.lib.format.write_array(buffer, little, version=(1, 0), allow_pickle=False)
     return buffer.getvalue()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StoredRecord:
-    """A row as it was read back.
-
-    Attributes:
-        latent: `(C, t, h, w)`, or `(2C, t, h, w)` of kind "moments"; read-only, unscaled.
-        columns: the columns that were asked for, `latent` excepted, by name; `extra` as a dictionary or None.
-    """
-
-    key: str
-    clip_index: int
-    kind: Literal["mean", "moments"]
-    latent: npt.NDArray[np.floating]
-    columns: Mapping[str, Any]
-
-    @property
-    def mean(self) -> npt.NDArray[np.floating]:
-        """`(C, t, h, w)`, the posterior mean."""
-        return self.latent if self.kind == "mean" else self.latent[: len(self.latent) // 2]
-
-    @property
-    def logvar(self) -> npt.NDArray[np.floating] | None:
-        """`(C, t, h, w)`, the log-variance of the posterior, or None of kind "mean"."""
-        return None if self.kind == "mean" else self.latent[len(self.latent) // 2 :]
-
-
-_ALWAYS_READ = ("key", "clip_index", "latent", "latent_shape", "latent_dtype", "kind")
-
-
-class RecordFile(ABC):
-    """A data file open for reading: rows in groups that are read at once.
-
-    Attributes:
-        group_rows: rows of each group; a Parquet file has its row groups, a tar one row per group.
-    """
-
-    group_rows: Sequence[int]
-
-    @property
-    def num_rows(self) -> int:
-        return sum(self.group_rows)
-
-    @abstractmethod
-    def read_columns(self, names: Sequence[str]) -> list[tuple[Any, ...]]:
-        """Some columns of every row, `latent` not among them, without reading latents."""
-
-    @abstractmethod
-    def read_group(self, group: int, columns: Sequence[str] | None = None) -> list[StoredRecord]:
-        """The rows of a group with all columns, or with the named ones.
-
-        Raises:
-            DamagedObjectError: bytes and columns of a row contradict each other.
-        """
-
-
-class _ParquetRecords(RecordFile):
-    def __init__(self, source: Any) -> None:
-        try:
-            self._file = pq.ParquetFile(source, page_checksum_verification=True)
-        except pa.ArrowInvalid as error:
-            raise DamagedObjectError(f"this is no readable Parquet file: {error}") from error
-        metadata = self._file.metadata
-        self.group_rows = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
-
-    def read_columns(self, names: Sequence[str]) -> list[tuple[Any, ...]]:
-        table = self._file.read(columns=list(names))
-        return list(zip(*(table.column(name).to_pylist() for name in names), strict=True))
-
-    def read_group(self, group: int, columns: Sequence[str] | None = None) -> list[StoredRecord]:
-        names = None if columns is None else list(dict.fromkeys([*_ALWAYS_READ, *columns]))
-        table = self._file.read_row_group(group, columns=names)
-        latents = table.column("latent")
-        rows = table.drop_columns(["latent"]).to_pylist()
-        records = []
-        for row, latent in zip(rows, latents, strict=True):
-            if row.get("extra") is not None:
-                row["extra"] = json.loads(row["extra"])
-            array = decode_latent(latent.as_buffer(), row["latent_shape"], row["latent_dtype"])
-            records.append(_stored(row, array, columns))
-        return records
-
-
-class _TarRecords(RecordFile):
-    def __init__(self, source: Any) -> None:
-        self._source = pa.OSFile(str(source)) if isinstance(source, Path) else pa.BufferReader(source)
-        self._members: dict[str, dict[str, tuple[int, int]]] = {}
-        try:
-            with tarfile.open(fileobj=self._source, mode="r:") as tar:
-                for member in tar:
-                    name, _, extension = member.name.partition(".")
-                    self._members.setdefault(name, {})[extension] = (member.offset_data, member.size)
-            self._rows = [json.loads(self._read(members, "json")) for members in self._members.values()]
-        except (tarfile.TarError, ValueError) as error:
-            raise DamagedObjectError(f"this is no readable WebDataset tar: {error}") from error
-        self.group_rows = [1] * len(self._rows)
-        self._groups = list(self._members.values())
-
-    def _read(self, members: Mapping[str, tuple[int, int]], extension: str) -> bytes:
-        if extension not in members:
-            raise DamagedObjectError(f"a sample of the tar has no .{extension} member, only {', '.join(members)}")
-        offset, num_bytes = members[extension]
-        self._source.seek(offset)
-        return bytes(self._source.read(num_bytes))
-
-    def read_columns(self, names: Sequence[str]) -> list[tuple[Any, ...]]:
-        return [tuple(row[name] for name in names) for row in self._rows]
-
-    def read_group(self, group: int, columns: Sequence[str] | None = None) -> list[StoredRecord]:
-        row, members = self._rows[group], self._groups[group]
-        parts = ("latent",) if row["kind"] == "mean" else ("mean", "logvar")
-        arrays = [
-            np.lib.format.read_array(io.BytesIO(self._read(members, f"{part}.npy")), allow_pickle=False)
-            for part in parts
-        ]
-        latent = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
-        if list(latent.shape) != row["latent_shape"] or latent.dtype.name != row["latent_dtype"]:
-            raise DamagedObjectError(
-                f"the latent of {row['key']!r} is {latent.shape} {latent.dtype.name}; its JSON says "
-                f"{tuple(row['latent_shape'])} {row['latent_dtype']}"
-            )
-        return [_stored(row, latent, columns)]
-
-
-def _stored(row: Mapping[str, Any], latent: npt.NDArray[np.floating], columns: Sequence[str] | None) -> StoredRecord:
-    return StoredRecord(
-        key=row["key"],
-        clip_index=row["clip_index"],
-        kind=row["kind"],
-        latent=latent,
-        columns=dict(row) if columns is None else {name: row.get(name) for name in columns},
-    )
-
-
-def open_records(source: Path | pa.Buffer | bytes, content: Content) -> RecordFile:
-    """A data file, given by its path or its bytes, open for reading.
-
-    Raises:
-        DamagedObjectError: the bytes are no file of that kind.
-    """
-    if content == "webdataset":
-        return _TarRecords(source)
-    return _ParquetRecords(source if isinstance(source, Path) else pa.BufferReader(source))
-
-
-def read_records(
-    source: Path | pa.Buffer | bytes, content: Content = "parquet", columns: Sequence[str] | None = None
-) -> Iterator[StoredRecord]:
-    """The rows of a data file in order, with all columns or with the named ones; memory stays near one row group.
-
-    Raises:
-        DamagedObjectError: the bytes are no file of that kind, or contradict themselves.
-    """
-    file = open_records(source, content)
-    for group in range(len(file.group_rows)):
-        yield from file.read_group(group, columns)
-
-
-def read_rejections(source: Path | pa.Buffer | bytes) -> Iterator[ClipFailure]:
-    """The rows of a rejection file in order.
-
-    Raises:
-        DamagedObjectError: the bytes are no rejection file.
-    """
-    names = [column.name for column in REJECTION_COLUMNS]
-    for row in open_records(source, "rejected").read_columns(names):
-        key, clip_index, step, reason, message, source_uri = row
-        yield ClipFailure(
-            key=key,
-            clip_index=clip_index,
-            step=cast(Step, step),
-            reason=reason,
-            message=message,
-            source_uri=source_uri,
-        )
