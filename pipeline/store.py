@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import random
+import re
 import shutil
 import stat
 import time
@@ -144,11 +145,7 @@ def sha256_of_file(path: Path) -> str:
 
 def shown_uri(uri: str) -> str:
     """A URI as messages may show it: without user, password and query (presigned URLs carry their secret there)."""
-    scheme, separator, rest = uri.partition("://")
-    if not separator:
-        return uri
-    host, slash, path = rest.partition("/")
-    return f"{scheme}://{host.rpartition('@')[2]}{slash}{path.partition('?')[0]}"
+    return re.sub(r"\?.*=.*", "", re.sub(r"://[^/]*@", "://", uri)) if "://" in uri else uri
 
 
 def checked_key(key: str) -> str:

@@ -1,4 +1,4 @@
-"""Fixtures that several test folders share: a real S3 store on this machine, and a home of their own for Ray's files."""
+"""Fixtures that several test folders share: a real S3 store on this machine, and a home of its own for Ray."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ from typing import Any
 
 import botocore.session
 import pytest
+
+from pipeline.storage import ObjectStore, open_store
 
 BIN = Path(sys.executable).parent
 
@@ -152,6 +154,15 @@ def s3_env(seaweedfs: SeaweedFS, monkeypatch: pytest.MonkeyPatch) -> SeaweedFS:
     for name, value in seaweedfs.env.items():
         monkeypatch.setenv(name, value)
     return seaweedfs
+
+
+@pytest.fixture(params=["local", "s3"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> ObjectStore:
+    """An empty output, once as a folder and once on S3."""
+    if request.param == "local":
+        return open_store(str(tmp_path / "output"))
+    environment: SeaweedFS = request.getfixturevalue("s3_env")
+    return open_store(environment.root())
 
 
 @pytest.fixture(scope="session")
