@@ -1,0 +1,618 @@
+"""What a run has to do: the shards of an input, cut the same way by whoever plans, today and in a year.
+
+Not where media are read (`source`) and not where work is handed out (`run`, the caller). Inputs are img2dataset and
+video2dataset tars (one tar is one shard), tables of URIs (Parquet, CSV, JSONL) and folders or globs of media with
+.txt and .json beside them.
+
+Tables and folders have no shards of their own, so they are cut into slices, and the cut is written down:
+
+    plans/<plan>/<number>-<sha16>.json    a slice: its entries, under the hash of its content
+    plans/<plan>/round-<number>.json      create-once: the slices of one round, and what of the input they cover
+
+A round counts from the moment its own object stands. Two drivers that plan at once write the same slices, or the one
+that comes second takes the first one's round as it is and goes on behind it. What stands is never cut again: files
+and rows that appear later form the slices of a new round. A table may only grow at its end.
+
+An entry of a slice names what to encode and does not pin its bytes: a file that is replaced before its slice is
+encoded is encoded as it is then. A tar is pinned by its size and etag, because its samples are not known before.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import posixpath
+import re
+from abc import ABC, abstractmethod
+from collections import defaultdict, deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+from urllib.parse import unquote, urlsplit
+
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
+
+from pipeline.commit import create_once
+from pipeline.config import SourceConfig
+from pipeline.errors import RejectionError, StorageNotFoundError, UsageError
+from pipeline.format import column_name
+from pipeline.inputs import (
+    COMPRESSIONS,
+    MEDIA_KINDS,
+    Slice,
+    SliceEntry,
+    TarStream,
+    extension_of,
+    key_problem,
+    read_slice,
+    slice_digest,
+    tar_suffix,
+)
+from pipeline.records import ShardSpec
+from pipeline.storage import InputFile, ObjectStore, list_inputs, open_input
+
+_TABLES = ("parquet", "csv", "jsonl", "ndjson")
+# Web addresses are left out on purpose: a table comes from anyone, and fetching what it says would let it reach
+# whatever this machine reaches. img2dataset and video2dataset are made for that.
+_REMOTE_SCHEMES = ("s3", "gs", "gcs", "az", "abfs")
+
+# A slice is full at 64 videos, at 1,000 images, or at a mixture that costs as much.
+_SLICE_COST = 64_000
+_COSTS = {"video": 1000, "image": 64}
+
+_CSV_BLOCK_BYTES = 64 << 20  # a row, with its caption, must fit
+_NUM_UPLOADS = 16
+_LOOK_SAMPLES = 32
+_LOOK_BYTES = 256 << 20
+_LONGEST_JSON_BYTES = 64 << 20
+# Typed columns are for fields that most samples share; data with more names than this has made-up ones.
+_MOST_COLUMNS = 256
+
+
+def plan_shards(source: SourceConfig, store: ObjectStore, *, write: bool = True) -> list[ShardSpec]:
+    """The shards of an input, sorted by source URI and number: the same list for the same input and output.
+
+    Args:
+        source: what to read and how finely to cut it.
+        store: the output; new slices are written under its plans/.
+        write: False plans alike and writes nothing (a dry run); the `plan_key` of a new slice then leads nowhere.
+
+    Raises:
+        UsageError: the input is empty, of unknown kind or of several kinds; or a table lacks the URI column, is
+            damaged, or changed otherwise than by growing.
+        StorageNotFoundError: there is no such file, folder or bucket.
+        StorageError: the input could not be read or the output not written.
+    """
+    found = _classify(source.input, list_inputs(source.input), store.root_uri)
+    specs = [_tar_spec(tar) for tar in found.tars]
+    for table in found.tables:
+        specs += _TablePlan(source, store, table).specs(write)
+    if found.media:
+        specs += _FolderPlan(source, store, found).specs(write)
+    if not specs:
+        raise UsageError(f"--input: {source.input} has no rows, so there is nothing to encode")
+    _refuse_equal_ids(specs)
+    return specs
+
+
+def infer_passthrough(
+    source: SourceConfig, caption_column: str, specs: Sequence[ShardSpec], store: ObjectStore
+) -> dict[str, str]:
+    """Types of the columns and JSON fields that pass through: output column -> bool, int64, float64 or string.
+
+    Decided by the schema of a Parquet table, as string for every column of a CSV table, and otherwise by the fields
+    of the first samples of the first shard. Fields of other or mixed types are left out; they go to column `extra`.
+
+    Raises:
+        UsageError: a caption column was asked for that the table does not have.
+        StorageError: the first shard or its plan could not be read.
+    """
+    if not specs:
+        return {}
+    if specs[0].plan_key is None:
+        kinds = _kinds_of(_fields_in_tar(specs[0]))
+        kinds.pop("key", None)
+    else:
+        first = read_slice(store, specs[0])
+        if first.columns and caption_column not in first.columns and caption_column != "caption":
+            raise UsageError(
+                f"--caption-column: {source.input} has no column {caption_column!r}; it has "
+                f"{', '.join(sorted(first.columns))}"
+            )
+        kinds = {name: kind for name, kind in first.columns.items() if name != "key"}
+        kinds = kinds or _kinds_of(_fields_in_slice(first))
+    kinds.pop(caption_column, None)
+    typed = sorted((column_name(name), kind) for name, kind in kinds.items() if kind and name and name.isprintable())
+    return dict(typed[:_MOST_COLUMNS])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Found:
+    """The files of an input by kind, sorted by URI; only one of the three kinds is not empty."""
+
+    source: str  # the input as an absolute path or a URI
+    root: str  # the folder that the keys of media are relative to
+    tars: Sequence[InputFile]
+    tables: Sequence[InputFile]
+    media: Sequence[InputFile]
+    sidecars: frozenset[str]
+
+
+def _classify(asked: str, files: Iterable[InputFile], output: str) -> _Found:
+    source = _absolute(asked)
+    root = _root(source, files)
+    inputs = sorted((f for f in files if _is_visible(f.uri, root, output)), key=lambda f: f.uri)
+    tars = [f for f in inputs if tar_suffix(f.uri)]
+    media = [f for f in inputs if extension_of(f.uri) in MEDIA_KINDS]
+    # img2dataset and video2dataset leave 00000.parquet beside 00000.tar, or beside the folder 00000.
+    described = {_without_tar_suffix(f.uri) for f in tars} | {posixpath.dirname(f.uri) for f in media}
+    tables = [f for f in inputs if extension_of(f.uri) in _TABLES and posixpath.splitext(f.uri)[0] not in described]
+    present = {"tars": tars, "tables": tables, "videos or images": media}
+    present = {name: listed for name, listed in present.items() if listed}
+    if len(present) > 1:
+        examples = "; ".join(f"{len(listed)} {name}, for example {listed[0].uri}" for name, listed in present.items())
+        raise UsageError(f"--input: {asked} holds {examples}; give one kind, for example with a glob such as '*.tar'")
+    if not present:
+        examples = ", ".join(f.uri for f in inputs[:3]) or "nothing that is visible and not the output itself"
+        raise UsageError(
+            f"--input: {asked} holds {examples}, and no tar ({', '.join(COMPRESSIONS)}), table "
+            f"(.{', .'.join(_TABLES)}), video or image (.{', .'.join(MEDIA_KINDS)})"
+        )
+    sidecars = frozenset(f.uri for f in inputs if extension_of(f.uri) in ("txt", "json"))
+    return _Found(source=source, root=root, tars=tars, tables=tables, media=media, sidecars=sidecars)
+
+
+def _absolute(uri: str) -> str:
+    if uri.startswith("file://"):
+        uri = unquote(urlsplit(uri).path)
+    return uri.rstrip("/") if "://" in uri else posixpath.abspath(uri)
+
+
+def _root(source: str, files: Iterable[InputFile]) -> str:
+    if [f.uri for f in files] == [source]:
+        return posixpath.dirname(source)
+    # Of a glob, the part before the first folder with a wildcard.
+    return re.split(r"/[^/]*[*?\[]", source, maxsplit=1)[0]
+
+
+def _is_visible(uri: str, root: str, output: str) -> bool:
+    # An output inside the input must not become its own input.
+    is_output = uri.startswith(output.rstrip("/") + "/")
+    return not is_output and "/." not in uri.removeprefix(root)
+
+
+def _shard_id(stem: str, source_uri: str) -> str:
+    plain = re.sub(r"[^A-Za-z0-9_-]+", "_", stem).strip("_")[:80] or "shard"
+    return f"{plain}-{hashlib.sha256(source_uri.encode('utf-8', 'surrogateescape')).hexdigest()[:8]}"
+
+
+def _without_tar_suffix(uri: str) -> str:
+    return uri[: len(uri) - len(tar_suffix(uri) or "")]
+
+
+def _tar_spec(tar: InputFile) -> ShardSpec:
+    stem = posixpath.basename(_without_tar_suffix(tar.uri))
+    return ShardSpec(
+        shard_id=_shard_id(stem, tar.uri),
+        source_uri=tar.uri,
+        kind="tar",
+        plan_key=None,
+        source_size_bytes=tar.num_bytes,
+        source_etag=tar.etag,
+        num_videos=None,
+    )
+
+
+def _refuse_equal_ids(specs: Sequence[ShardSpec]) -> None:
+    by_id: dict[str, str] = {}
+    for spec in specs:
+        other = by_id.setdefault(spec.shard_id, spec.source_uri)
+        if other != spec.source_uri:
+            raise UsageError(
+                f"--input: {other} and {spec.source_uri} lead to the same shard id {spec.shard_id}, so one would be "
+                "taken for the other; rename one of them"
+            )
+
+
+class _SlicePlan(ABC):
+    """The rounds of one table, folder or glob: those that stand, and one more for what they do not cover."""
+
+    def __init__(self, source: SourceConfig, store: ObjectStore, source_uri: str) -> None:
+        self._source = source
+        self._store = store
+        self._source_uri = source_uri
+        self._stem = posixpath.splitext(posixpath.basename(re.sub(r"/[^/]*[*?\[].*", "", source_uri)))[0]
+        self._folder = f"plans/{_shard_id(self._stem, source_uri)}"
+
+    @abstractmethod
+    def _new_entries(self, rounds: Sequence[Mapping[str, Any]], covered: dict[str, object]) -> Iterator[SliceEntry]:
+        """The entries that no round covers, in order; fills `covered`, which the new round keeps for the next call."""
+
+    def _columns(self) -> Mapping[str, str]:
+        return {}
+
+    def specs(self, write: bool) -> list[ShardSpec]:
+        """The slices of all rounds, a new one included."""
+        while True:
+            rounds = self._rounds()
+            slices = [(s["key"], s["num_videos"]) for r in rounds for s in r["slices"]]
+            covered: dict[str, object] = {}
+            new_slices = self._write_slices(self._new_entries(rounds, covered), len(slices), write)
+            if new_slices and write:
+                document = {
+                    "version": 1,
+                    "source": self._source_uri,
+                    "covered": covered,
+                    "slices": [{"key": key, "num_videos": num_videos} for key, num_videos in new_slices],
+                }
+                data = json.dumps(document, sort_keys=True, separators=(",", ":")).encode()
+                if create_once(self._store, f"{self._folder}/round-{len(rounds):06d}.json", data) != data:
+                    # Another driver's round stands here; ours goes behind it, if anything is left to cut.
+                    continue
+            return [self._spec(number, *entry) for number, entry in enumerate([*slices, *new_slices])]
+
+    def _rounds(self) -> list[dict[str, Any]]:
+        keys = [info.key for info in self._store.list(f"{self._folder}/round-")]
+        rounds = [json.loads(self._store.get(key)) for key in sorted(keys)]
+        for key, document in zip(keys, rounds, strict=True):
+            if document["source"] != self._source_uri:
+                raise UsageError(
+                    f"--input: {self._store.url(key)} plans {document['source']}, whose id is the same as that of "
+                    f"{self._source_uri}; rename the input, or encode into another output"
+                )
+        return rounds
+
+    def _write_slices(self, entries: Iterator[SliceEntry], first: int, write: bool) -> list[tuple[str, int]]:
+        written: list[tuple[str, int]] = []
+        uploads: deque[Future[bytes]] = deque()
+        with ThreadPoolExecutor(_NUM_UPLOADS) as pool:
+            for number, batch in enumerate(_batches(entries, self._source.samples_per_shard), first):
+                source = f"{self._source_uri}#slice={number}"
+                data = Slice(source=source, columns=self._columns(), entries=batch).to_bytes()
+                key = f"{self._folder}/{number:06d}-{slice_digest(data)}.json"
+                written.append((key, len(batch)))
+                if write:
+                    uploads.append(pool.submit(create_once, self._store, key, data))
+                if len(uploads) > 4 * _NUM_UPLOADS:
+                    uploads.popleft().result()
+            for upload in uploads:
+                upload.result()
+        return written
+
+    def _spec(self, number: int, plan_key: str, num_videos: int) -> ShardSpec:
+        source_uri = f"{self._source_uri}#slice={number}"
+        return ShardSpec(
+            shard_id=_shard_id(f"{self._stem}-{number:05d}", source_uri),
+            source_uri=source_uri,
+            kind="slice",
+            plan_key=plan_key,
+            source_size_bytes=None,
+            source_etag=None,
+            num_videos=num_videos,
+        )
+
+
+def _batches(entries: Iterable[SliceEntry], samples_per_shard: int | None) -> Iterator[list[SliceEntry]]:
+    batch: list[SliceEntry] = []
+    cost = 0
+    for entry in entries:
+        entry_cost = _COSTS[MEDIA_KINDS.get(extension_of(entry.uri), "video")]
+        is_full = cost + entry_cost > _SLICE_COST if samples_per_shard is None else len(batch) == samples_per_shard
+        if batch and is_full:
+            yield batch
+            batch, cost = [], 0
+        batch.append(entry)
+        cost += entry_cost
+    if batch:
+        yield batch
+
+
+class _FolderPlan(_SlicePlan):
+    """Slices of the videos and images of a folder or glob; keys are paths relative to it, without the extension."""
+
+    def __init__(self, source: SourceConfig, store: ObjectStore, found: _Found) -> None:
+        super().__init__(source, store, found.source)
+        self._found = found
+
+    def _new_entries(self, rounds: Sequence[Mapping[str, Any]], covered: dict[str, object]) -> Iterator[SliceEntry]:
+        known = {path for r in rounds for path in r["covered"]["files"]}
+        new_paths: list[str] = []
+        covered["files"] = new_paths
+        for stem, paths in self._samples():
+            for path in paths:
+                if path not in known:
+                    new_paths.append(path)
+                    yield self._entry(path, stem if len(paths) == 1 else path, stem)
+
+    def _samples(self) -> Iterator[tuple[str, list[str]]]:
+        by_stem: dict[str, list[str]] = {}
+        for file in self._found.media:
+            path = file.uri.removeprefix(self._found.root).lstrip("/")
+            by_stem.setdefault(posixpath.splitext(path)[0], []).append(path)
+        for stem, paths in by_stem.items():
+            # A picture beside a video of the same name is its poster.
+            videos = [path for path in paths if MEDIA_KINDS[extension_of(path)] == "video"]
+            yield stem, videos or paths
+
+    def _entry(self, path: str, key: str, stem: str) -> SliceEntry:
+        problem = key_problem(key)
+        beside = f"{self._found.root}/{stem}"
+        return SliceEntry(
+            key=key,
+            uri=f"{self._found.root}/{path}",
+            txt_uri=f"{beside}.txt" if f"{beside}.txt" in self._found.sidecars else None,
+            json_uri=f"{beside}.json" if f"{beside}.json" in self._found.sidecars else None,
+            problem=("bad_member", f"the name {path!r} is not allowed: {problem}") if problem else None,
+        )
+
+
+class _TablePlan(_SlicePlan):
+    """Slices of the rows of a table, in their order; keys are those of its column `key`, or the row numbers."""
+
+    def __init__(self, source: SourceConfig, store: ObjectStore, table: InputFile) -> None:
+        super().__init__(source, store, table.uri)
+        self._table = table
+        self._types: Mapping[str, str] = {}
+
+    def _columns(self) -> Mapping[str, str]:
+        return self._types
+
+    def _new_entries(self, rounds: Sequence[Mapping[str, Any]], covered: dict[str, object]) -> Iterator[SliceEntry]:
+        last: Mapping[str, Any] = rounds[-1]["covered"] if rounds else {"num_rows": 0}
+        if rounds and last["uri_column"] != self._source.uri_column:
+            raise UsageError(
+                f"--uri-column: {self._table.uri} is planned in this output with the column {last['uri_column']!r}, "
+                f"not {self._source.uri_column!r}; use the same, or another output"
+            )
+        stands = (self._table.num_bytes, self._table.etag)
+        # Without an etag (on a local disk) equal size says too little.
+        if rounds and self._table.etag and stands == (last["num_bytes"], last["etag"]):
+            return
+        digest = hashlib.sha256()
+        num_rows, first_problem, num_usable = 0, "", 0
+        for entry in self._entries():
+            if num_rows == last["num_rows"]:
+                self._refuse_changed(digest, last)
+            digest.update(json.dumps([entry.key, entry.uri, dict(entry.fields)], sort_keys=True).encode())
+            num_rows += 1
+            num_usable += entry.problem is None
+            first_problem = first_problem or (entry.problem or ("", ""))[1]
+            if num_rows > last["num_rows"]:
+                yield entry
+        if num_rows <= last["num_rows"]:
+            self._refuse_changed(digest, last)
+        if num_rows and not num_usable:
+            raise UsageError(f"--input: no row of {self._table.uri} can be used; the first one: {first_problem}")
+        covered["uri_column"] = self._source.uri_column
+        covered["num_bytes"], covered["etag"] = stands
+        covered["num_rows"], covered["rows_sha256"] = num_rows, digest.hexdigest()
+
+    def _refuse_changed(self, digest: hashlib._Hash, last: Mapping[str, Any]) -> None:
+        if last["num_rows"] and digest.hexdigest() != last["rows_sha256"]:
+            raise UsageError(
+                f"--input: the first {last['num_rows']} rows of {self._table.uri} are planned in this output and are "
+                "not the same any more; rows may be added at the end only, so restore them, give the new rows as a "
+                "table of their own, or use another output"
+            )
+
+    def _entries(self) -> Iterator[SliceEntry]:
+        with closing(open_input(self._table.uri)) as file:
+            for number, row in enumerate(self._rows(file)):
+                yield self._entry(number, row)
+
+    def _rows(self, file: BinaryIO) -> Iterator[dict[str, object] | str]:
+        """Each row as JSON-safe values by column, or what is wrong with it."""
+        extension = extension_of(self._table.uri)
+        if extension in ("jsonl", "ndjson"):
+            yield from _json_rows(file)
+            return
+        try:
+            if extension == "csv":
+                # Of bytes, because a single cell that is no UTF-8 would end the reading of text.
+                header = pyarrow.csv.open_csv(file, *_csv_options()).schema
+                file.seek(0)
+                binary = pyarrow.csv.ConvertOptions(column_types=dict.fromkeys(header.names, pa.binary()))
+                reader = pyarrow.csv.open_csv(file, *_csv_options(), binary)
+                schema = pa.schema([(name, pa.string()) for name in header.names])
+                yield from self._arrow_rows(schema, reader)
+            else:
+                table = pq.ParquetFile(file)
+                names = [f.name for f in table.schema_arrow if not _is_binary(f.type)]
+                schema = pa.schema([table.schema_arrow.field(name) for name in names])
+                yield from self._arrow_rows(schema, table.iter_batches(batch_size=1024, columns=names))
+        except (pa.ArrowException, OSError, ValueError) as error:
+            raise UsageError(f"--input: {self._table.uri} cannot be read as {extension}: {error}") from error
+
+    def _arrow_rows(self, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> Iterator[dict[str, object]]:
+        if self._source.uri_column not in schema.names:
+            raise UsageError(
+                f"--uri-column: {self._table.uri} has no column {self._source.uri_column!r}; it has "
+                f"{', '.join(schema.names)}"
+            )
+        self._types = {f.name: _kind_of_type(f.type) for f in schema}
+        for batch in batches:
+            columns = [_json_values(batch.column(name)) for name in schema.names]
+            for values in zip(*columns, strict=True):
+                yield dict(zip(schema.names, values, strict=True))
+
+    def _entry(self, number: int, row: dict[str, object] | str) -> SliceEntry:
+        key = f"{number:08d}"
+        if isinstance(row, str):
+            return SliceEntry(key=key, uri="", problem=("bad_metadata", f"row {number}: {row}"))
+        given = row.pop("key", None)
+        key = key if given is None or given == "" else str(given)
+        uri, problem = _address(row.get(self._source.uri_column), self._table.uri)
+        wrong_key = key_problem(key)
+        if wrong_key:
+            problem = "bad_member", f"the key {_short(key)} is not allowed: {wrong_key}"
+        elif problem:
+            problem = problem[0], f"row {number}, column {self._source.uri_column!r}: {problem[1]}"
+        return SliceEntry(key=key, uri=uri, fields=row, problem=problem)
+
+
+def _json_rows(file: BinaryIO) -> Iterator[dict[str, object] | str]:
+    for line in file:
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            yield f"it does not parse as JSON: {error}"
+            continue
+        yield row if isinstance(row, dict) else f"it is a {type(row).__name__}, not an object"
+
+
+def _csv_options() -> tuple[pyarrow.csv.ReadOptions, pyarrow.csv.ParseOptions]:
+    options = pyarrow.csv.ReadOptions(block_size=_CSV_BLOCK_BYTES, use_threads=False)
+    return options, pyarrow.csv.ParseOptions(newlines_in_values=True)
+
+
+def _is_binary(kind: pa.DataType) -> bool:
+    types = pa.types
+    return bool(types.is_binary(kind) or types.is_large_binary(kind) or types.is_fixed_size_binary(kind))
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
+
+
+def _kind_of_type(kind: pa.DataType) -> str:
+    types = pa.types
+    if types.is_dictionary(kind):
+        return _kind_of_type(kind.value_type)
+    if types.is_boolean(kind):
+        return "bool"
+    if types.is_integer(kind):
+        return "int64"
+    if types.is_floating(kind):
+        return "float64"
+    return "string" if _is_text(kind) or types.is_temporal(kind) or types.is_decimal(kind) else ""
+
+
+def _json_values(column: pa.Array) -> list[object]:
+    """The values of a column as JSON has them; bytes that are no UTF-8 become lone surrogates, which JSON can carry."""
+    kind = column.type
+    if pa.types.is_dictionary(kind):
+        return _json_values(column.dictionary_decode())
+    if _is_text(kind) or pa.types.is_binary(kind):
+        texts = column.cast(pa.large_binary()).to_pylist()
+        return [None if text is None else text.decode("utf-8", "surrogateescape") for text in texts]
+    if pa.types.is_floating(kind):
+        return list(column.cast(pa.float64()).to_pylist())
+    if _kind_of_type(kind) == "string":
+        return list(column.cast(pa.string()).to_pylist())
+    values = column.to_pylist()
+    return values if _kind_of_type(kind) else [json.loads(json.dumps(value, default=str)) for value in values]
+
+
+def _address(value: object, table: str) -> tuple[str, tuple[str, str] | None]:
+    """The place that a cell of a table names, or ("", the rejection that it deserves).
+
+    A table on a disk may name files there. One from elsewhere may not: it has no business with this machine's files.
+    """
+    if not isinstance(value, str) or not value.strip():
+        return "", ("not_found", f"the cell holds {_short(value)} and names no file")
+    scheme = re.match(r"([A-Za-z][\w+.-]*):(?://|:)", value)
+    is_local_table = "://" not in table
+    if scheme is None and not value.startswith("/"):
+        table_scheme, _, table_path = table.rpartition("://")
+        path = posixpath.normpath(posixpath.join(posixpath.dirname(table_path), value))
+        uri = path if is_local_table else f"{table_scheme}://{path}"
+    elif scheme is None or scheme[1].lower() == "file":
+        path = value if scheme is None else "/" + unquote(value[len("file://") :]).partition("/")[2]
+        uri = posixpath.normpath("/" + path.lstrip("/"))
+        if not is_local_table:
+            return "", ("not_allowed", f"{_short(value)} is a local file, which only a local table may name")
+    else:
+        uri = value
+        if scheme[1] not in _REMOTE_SCHEMES or "::" in value:
+            allowed = ", ".join(_REMOTE_SCHEMES)
+            return "", (
+                "not_allowed",
+                f"{scheme[1]}: addresses are not read, only local files and {allowed}; fetch it first, for example "
+                "with img2dataset or video2dataset",
+            )
+    return (uri, None) if _is_plain(uri) else ("", ("not_allowed", f"{_short(value)} is not a plain path of a file"))
+
+
+def _is_plain(uri: str) -> bool:
+    """That the stores will take an address as it stands, so that one row cannot stop its whole shard."""
+    _, separator, path = uri.rpartition("://")
+    parts = path.split("/")
+    if separator and (not uri.isprintable() or len(parts) < 2 or any(p in ("", ".", "..") for p in parts)):
+        return False
+    if separator and re.search(r"[@:]", parts[0]):
+        return False
+    try:
+        return "\0" not in path and len(os.fsencode(path)) < 4096 and all(len(os.fsencode(p)) < 256 for p in parts)
+    except UnicodeEncodeError:
+        return False
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else text[:200] + "..."
+
+
+def _fields_in_tar(spec: ShardSpec) -> list[dict[str, object]]:
+    found: list[dict[str, object]] = []
+    with closing(open_input(spec.source_uri)) as file:
+        tar = TarStream(spec.source_uri, file, spec.source_size_bytes)
+        try:
+            for member in tar:
+                if member.kind == "file" and extension_of(member.name) == "json":
+                    found += _objects(tar.read(_LONGEST_JSON_BYTES))
+                if len(found) == _LOOK_SAMPLES or tar.num_bytes_read > _LOOK_BYTES:
+                    break
+        except RejectionError:
+            # A damaged tar has told what it could; its shard is rejected when it is encoded.
+            return found
+    return found
+
+
+def _fields_in_slice(planned: Slice) -> list[dict[str, object]]:
+    found: list[dict[str, object]] = []
+    for entry in planned.entries[:_LOOK_SAMPLES]:
+        found.append(dict(entry.fields))
+        if entry.json_uri is not None:
+            try:
+                with closing(open_input(entry.json_uri)) as file:
+                    found += _objects(file.read(_LONGEST_JSON_BYTES))
+            except StorageNotFoundError:
+                continue
+    return found
+
+
+def _objects(data: bytes) -> list[dict[str, object]]:
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError):
+        return []
+    return [value] if isinstance(value, dict) else []
+
+
+def _kinds_of(samples: Iterable[Mapping[str, object]]) -> dict[str, str]:
+    kinds: dict[str, set[str]] = defaultdict(set)
+    for sample in samples:
+        for name, value in sample.items():
+            if value is not None:
+                kinds[name].add(_kind_of_value(value))
+    return {name: seen.pop() if len(seen) == 1 else _NUMBERS.get(frozenset(seen), "") for name, seen in kinds.items()}
+
+
+_NUMBERS = {frozenset(("int64", "float64")): "float64"}
+
+
+def _kind_of_value(value: object) -> str:
+    if isinstance(value, bool):
+        return "bool"
+    if isinstance(value, int):
+        return "int64" if -(2**63) <= value < 2**63 else ""
+    if isinstance(value, float):
+        return "float64"
+    return "string" if isinstance(value, str) else ""

@@ -1,0 +1,437 @@
+"""The videos of a shard: from a tar, or from the files that a slice names, with caption and fields.
+
+Not where shards are cut (`plan`) and not where media are decoded: bytes pass as they are, as open file descriptors.
+`actors` gives the iterator to the decode pool.
+
+Every sample comes out once, as a SourceVideo or as the ClipFailure that says why not. What cannot be read for good is
+a rejection; what the storage may yet give (a fault, a file that changes) is a StorageError and ends the attempt.
+
+Rules that hold for tars:
+
+* A sample is the run of members with one key. As WebDataset has it, the key ends at the first dot of the base name
+  and keeps its folders; members of a sample stand next to each other.
+* A picture beside a video of the same key is its poster. Other extensions are passed over.
+* The caption is KEY.txt, else the field `caption_column` of KEY.json. A column other than the default "caption" was
+  asked for by name, so then the field comes first.
+* A damaged tar gives the samples before the damage. The rest, with the sample that the damage may have shortened, is
+  one rejection with the key "*".
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections import deque
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass, field
+
+from pipeline.config import DecodeLimits, EncodingConfig
+from pipeline.errors import RejectionError, StorageError, StorageNotFoundError
+from pipeline.inputs import (
+    MEDIA_KINDS,
+    SliceEntry,
+    TarMember,
+    TarStream,
+    extension_of,
+    key_problem,
+    read_slice,
+)
+from pipeline.records import ClipFailure, ShardSpec, SourceVideo
+from pipeline.storage import ObjectStore, open_input, open_input_fd, stat_input
+
+_REST = "*"
+_DEFAULT_CAPTION_COLUMN = "caption"
+_LARGEST_TEXT_BYTES = 64 << 20
+# Smaller media wait for their decoder in memory, larger ones on disk.
+_LARGEST_IN_MEMORY_BYTES = 64 << 20
+_BLOCK_BYTES = 1 << 20
+# Files of a slice that are opened ahead: enough to hide the latency of a store behind decoding.
+_FILES_AHEAD = 8
+_DIGESTS = ("sha256", "md5")
+
+
+def iterate_videos(
+    spec: ShardSpec, store: ObjectStore, encoding: EncodingConfig, limits: DecodeLimits
+) -> Iterator[SourceVideo | ClipFailure]:
+    """The videos and images of a shard in their order, each once, and a failure for each that cannot be had.
+
+    Whoever iterates owns the `media_fd` of what was yielded. Closing the iterator early leaves nothing open.
+
+    Args:
+        spec: a shard as planned.
+        store: the output, which holds the slices under plans/.
+        encoding: says where the caption is.
+        limits: says how large a file may be.
+
+    Raises:
+        StorageError: the input could not be read, or changed since it was planned; the shard may be tried again.
+    """
+    if spec.kind == "tar":
+        return _tar_videos(spec, encoding.caption_column, limits.max_file_bytes)
+    return _slice_videos(spec, store, encoding.caption_column, limits.max_file_bytes)
+
+
+@dataclass(slots=True, kw_only=True)
+class _Media:
+    """The bytes of a video or image, open; `descriptor` is None once they are handed over, or were not taken in."""
+
+    name: str
+    num_bytes: int
+    descriptor: int | None
+
+    def close(self) -> None:
+        if self.descriptor is not None:
+            os.close(self.descriptor)
+            self.descriptor = None
+
+
+@dataclass(slots=True, kw_only=True)
+class _Sample:
+    """The members of one key so far. Mutable, because a sample is known only when the next one begins."""
+
+    key: str
+    media: dict[str, _Media] = field(default_factory=dict)
+    texts: dict[str, bytes] = field(default_factory=dict)
+    other_names: list[str] = field(default_factory=list)
+    problem: RejectionError | None = None
+
+    def close(self) -> None:
+        for media in self.media.values():
+            media.close()
+
+
+def _tar_videos(spec: ShardSpec, caption_column: str, max_file_bytes: int) -> Iterator[SourceVideo | ClipFailure]:
+    uri = spec.source_uri
+    _refuse_changed(spec)
+    sample: _Sample | None = None
+    seen: set[str] = set()
+    with closing(open_input(uri)) as file:
+        tar = TarStream(uri, file, spec.source_size_bytes)
+        try:
+            for member in tar:
+                if member.kind == "folder":
+                    continue
+                name = member.name.removeprefix("./")
+                key, extension = _split(name)
+                problem = key_problem(key)
+                if problem:
+                    yield _failure(key, "bad_member", f"the member name {_shown(name)} is not allowed: {problem}", uri)
+                    continue
+                if sample is None or sample.key != key:
+                    ended, sample = sample, _Sample(key=key)
+                    if ended is not None:
+                        yield _finish(ended, seen, caption_column, max_file_bytes, uri)
+                _take_member(sample, tar, member, extension, max_file_bytes)
+            if sample is not None:
+                ended, sample = sample, None
+                yield _finish(ended, seen, caption_column, max_file_bytes, uri)
+            _refuse_changed(spec)
+        except RejectionError as damage:
+            place = f"; lost from the sample {_shown(sample.key)} on" if sample is not None else ""
+            yield _failure(_REST, damage.reason, f"{spec.shard_id}: the tar is damaged: {damage.message}{place}", uri)
+        finally:
+            if sample is not None:
+                sample.close()
+
+
+def _refuse_changed(spec: ShardSpec) -> None:
+    now = stat_input(spec.source_uri)
+    planned, found = (spec.source_size_bytes, spec.source_etag), (now.num_bytes, now.etag)
+    if planned != found:
+        raise StorageError(
+            f"shard {spec.shard_id}: {spec.source_uri} changed since it was planned: size and etag were {planned} and "
+            f"are {found}; run the job again when it is complete"
+        )
+
+
+def _split(name: str) -> tuple[str, str]:
+    folder, slash, base = name.rpartition("/")
+    stem, _, extension = base.partition(".")
+    return folder + slash + stem, extension.lower()
+
+
+def _take_member(sample: _Sample, tar: TarStream, member: TarMember, extension: str, max_file_bytes: int) -> None:
+    if member.kind == "other":
+        sample.problem = RejectionError("bad_member", f"{_shown(member.name)} is a link, device or sparse file")
+    elif extension in sample.media or extension in sample.texts:
+        sample.problem = RejectionError("duplicate_key", f"the sample has two members .{extension}")
+    elif extension in MEDIA_KINDS:
+        descriptor = _spool(tar, member.num_bytes) if 0 < member.num_bytes <= max_file_bytes else None
+        sample.media[extension] = _Media(name=member.name, num_bytes=member.num_bytes, descriptor=descriptor)
+    elif extension in ("txt", "json"):
+        if member.num_bytes > _LARGEST_TEXT_BYTES:
+            sample.problem = _too_large(member.name, member.num_bytes, _LARGEST_TEXT_BYTES)
+        sample.texts[extension] = tar.read(min(member.num_bytes, _LARGEST_TEXT_BYTES))
+    else:
+        sample.other_names.append(member.name)
+
+
+def _spool(tar: TarStream, num_bytes: int) -> int:
+    """The content of the current member as a readable, seekable descriptor without a name."""
+    try:
+        if num_bytes <= _LARGEST_IN_MEMORY_BYTES:
+            descriptor = os.memfd_create("latentmill-media", os.MFD_CLOEXEC)
+        else:
+            with tempfile.TemporaryFile() as unnamed:
+                descriptor = os.dup(unnamed.fileno())
+        try:
+            with open(descriptor, "wb", closefd=False) as spool:
+                while block := tar.read(_BLOCK_BYTES):
+                    spool.write(block)
+            os.lseek(descriptor, 0, os.SEEK_SET)
+        except BaseException:
+            os.close(descriptor)
+            raise
+    except OSError as error:
+        raise StorageError(
+            f"a tar member of {num_bytes} bytes cannot be kept for its decoder: {error}; make room in "
+            f"{tempfile.gettempdir()}, or set TMPDIR"
+        ) from error
+    return descriptor
+
+
+def _finish(
+    sample: _Sample, seen: set[str], caption_column: str, max_file_bytes: int, tar_uri: str
+) -> SourceVideo | ClipFailure:
+    """What became of a sample whose last member has passed."""
+    try:
+        if sample.key in seen:
+            raise RejectionError(
+                "duplicate_key", "the shard has this key before; members of a sample must stand next to each other"
+            )
+        seen.add(sample.key)
+        if sample.problem is not None:
+            raise sample.problem
+        media = _chosen(sample)
+        fields = _fields_of(sample.texts["json"]) if "json" in sample.texts else {}
+        if fields.get("key") == sample.key:
+            del fields["key"]
+        return _video(
+            key=sample.key,
+            media=media,
+            extension=extension_of(media.name),
+            txt=sample.texts.get("txt"),
+            fields=fields,
+            caption_column=caption_column,
+            max_file_bytes=max_file_bytes,
+            source_uri=f"{tar_uri}#{media.name}",
+        )
+    except RejectionError as error:
+        return _failure(sample.key, error.reason, error.message, f"{tar_uri}#{sample.key}")
+    finally:
+        sample.close()
+
+
+def _chosen(sample: _Sample) -> _Media:
+    videos = [media for extension, media in sample.media.items() if MEDIA_KINDS[extension] == "video"]
+    candidates = videos or list(sample.media.values())
+    if len(candidates) == 1:
+        return candidates[0]
+    if candidates:
+        names = " and ".join(_shown(media.name) for media in candidates)
+        raise RejectionError("duplicate_key", f"the sample has {names}, and nothing says which one is meant")
+    if any(extension_of(name) in MEDIA_KINDS for name in sample.other_names):
+        raise RejectionError(
+            "bad_member", f"a tar member's key ends at the first dot, so {_shown(sample.other_names[0])} has no key"
+        )
+    if sample.texts:
+        raise RejectionError("not_found", f"the sample has .{', .'.join(sample.texts)} and no video or image")
+    raise RejectionError("not_allowed", f"{_shown(sample.other_names[0])} is no video or image by its extension")
+
+
+def _slice_videos(
+    spec: ShardSpec, store: ObjectStore, caption_column: str, max_file_bytes: int
+) -> Iterator[SourceVideo | ClipFailure]:
+    entries = read_slice(store, spec).entries
+    first_with_key = {entry.key: number for number, entry in reversed(list(enumerate(entries)))}
+    opened: deque[Future[SourceVideo | ClipFailure]] = deque()
+    with ThreadPoolExecutor(_FILES_AHEAD, thread_name_prefix="open-ahead") as pool:
+        try:
+            for number, entry in enumerate(entries):
+                is_first = first_with_key[entry.key] == number
+                opened.append(pool.submit(_open_entry, entry, is_first, caption_column, max_file_bytes))
+                if len(opened) == _FILES_AHEAD:
+                    yield opened.popleft().result()
+            while opened:
+                yield opened.popleft().result()
+        finally:
+            for left in opened:
+                _close_unused(left)
+
+
+def _close_unused(future: Future[SourceVideo | ClipFailure]) -> None:
+    if future.cancel() or future.exception() is not None:
+        return
+    unused = future.result()
+    if isinstance(unused, SourceVideo):
+        os.close(unused.media_fd)
+
+
+def _open_entry(
+    entry: SliceEntry, is_first: bool, caption_column: str, max_file_bytes: int
+) -> SourceVideo | ClipFailure:
+    media: _Media | None = None
+    try:
+        if entry.problem is not None:
+            raise RejectionError(*entry.problem)
+        if not is_first:
+            raise RejectionError("duplicate_key", "an earlier row of the shard has this key")
+        extension = extension_of(entry.uri)
+        if extension not in MEDIA_KINDS:
+            raise RejectionError("not_allowed", f"{_shown(entry.uri)} is no video or image by its extension")
+        media = _open_media(entry.uri, max_file_bytes)
+        fields = dict(entry.fields)
+        if entry.json_uri is not None:
+            fields = _fields_of(_text(entry.json_uri))
+        return _video(
+            key=entry.key,
+            media=media,
+            extension=extension,
+            txt=_text(entry.txt_uri) if entry.txt_uri is not None else None,
+            fields=fields,
+            caption_column=caption_column,
+            max_file_bytes=max_file_bytes,
+            source_uri=entry.uri,
+        )
+    except RejectionError as error:
+        return _failure(entry.key, error.reason, error.message, entry.uri)
+    except StorageNotFoundError as error:
+        return _failure(entry.key, "not_found", str(error), entry.uri)
+    finally:
+        if media is not None:
+            media.close()
+
+
+def _open_media(uri: str, max_file_bytes: int) -> _Media:
+    # What is not local is copied when it is opened, so its size is looked at before.
+    num_bytes = stat_input(uri).num_bytes
+    if num_bytes is not None and not 0 < num_bytes <= max_file_bytes:
+        return _Media(name=uri, num_bytes=num_bytes, descriptor=None)
+    descriptor = open_input_fd(uri)
+    return _Media(name=uri, num_bytes=os.fstat(descriptor).st_size, descriptor=descriptor)
+
+
+def _text(uri: str) -> bytes:
+    with closing(open_input(uri)) as file:
+        try:
+            data = file.read(_LARGEST_TEXT_BYTES + 1)
+        except OSError as error:
+            raise StorageError(f"{uri} cannot be read: {error}") from error
+    if len(data) > _LARGEST_TEXT_BYTES:
+        raise _too_large(uri, len(data), _LARGEST_TEXT_BYTES)
+    return data
+
+
+def _video(
+    *,
+    key: str,
+    media: _Media,
+    extension: str,
+    txt: bytes | None,
+    fields: dict[str, object],
+    caption_column: str,
+    max_file_bytes: int,
+    source_uri: str,
+) -> SourceVideo:
+    """The finished video, which takes the descriptor out of `media`; RejectionError where there can be none."""
+    if media.num_bytes == 0:
+        raise RejectionError("empty_file", f"{_shown(media.name)} has no bytes")
+    if media.num_bytes > max_file_bytes:
+        raise _too_large(media.name, media.num_bytes, max_file_bytes)
+    assert media.descriptor is not None, "media within the limits are open"
+    caption = _take_caption(txt, fields, caption_column)
+    _check_digest(media, media.descriptor, fields)
+    descriptor, media.descriptor = media.descriptor, None
+    return SourceVideo(
+        key=key,
+        media_fd=descriptor,
+        num_bytes=media.num_bytes,
+        extension=extension,
+        media_kind=MEDIA_KINDS[extension],
+        caption=caption,
+        fields=fields,
+        source_uri=_storable(source_uri),
+    )
+
+
+def _fields_of(data: bytes) -> dict[str, object]:
+    try:
+        fields = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise RejectionError("bad_metadata", f"the JSON does not parse: {error}") from error
+    if not isinstance(fields, dict):
+        raise RejectionError("bad_metadata", f"the JSON holds a {type(fields).__name__}, not an object")
+    return fields
+
+
+def _take_caption(txt: bytes | None, fields: dict[str, object], caption_column: str) -> str:
+    """The caption, out of `fields` if it came from there or says the same."""
+    try:
+        caption = txt.decode("utf-8") if txt is not None else None
+        given = fields.get(caption_column)
+        if given is not None and (caption is None or caption_column != _DEFAULT_CAPTION_COLUMN):
+            if isinstance(given, (list, dict)):
+                raise RejectionError(
+                    "bad_caption", f"the field {caption_column!r} holds a {type(given).__name__}, not a text"
+                )
+            caption = given if isinstance(given, str) else json.dumps(given)
+            caption.encode("utf-8")
+    except UnicodeDecodeError as error:
+        raise RejectionError("bad_caption", f"the .txt is not UTF-8: {error.reason} at byte {error.start}") from error
+    except UnicodeEncodeError as error:
+        raise RejectionError(
+            "bad_caption", f"the caption is no Unicode text: {error.reason} at character {error.start}"
+        ) from error
+    caption = caption if caption is not None else ""
+    if fields.get(caption_column) in (None, caption):
+        fields.pop(caption_column, None)
+    return caption
+
+
+def _check_digest(media: _Media, descriptor: int, fields: Mapping[str, object]) -> None:
+    # img2dataset states the digest of what it downloaded, before it resized and encoded that again; it also states the
+    # original size then. Such a digest says nothing of these bytes.
+    if "original_width" in fields:
+        return
+    for name in _DIGESTS:
+        stated = fields.get(name)
+        digest = hashlib.new(name, usedforsecurity=False)
+        if not isinstance(stated, str) or len(stated) != 2 * digest.digest_size:
+            continue
+        offset = 0
+        while block := os.pread(descriptor, _BLOCK_BYTES, offset):
+            digest.update(block)
+            offset += len(block)
+        if digest.hexdigest() != stated.lower():
+            raise RejectionError(
+                "digest_mismatch", f"{_shown(media.name)} has the {name} {digest.hexdigest()}, and {stated} is stated"
+            )
+
+
+def _too_large(name: str, num_bytes: int, limit: int) -> RejectionError:
+    return RejectionError("too_large", f"{_shown(name)} has {num_bytes} bytes and at most {limit} are allowed")
+
+
+def _failure(key: str, reason: str, message: str, source_uri: str) -> ClipFailure:
+    return ClipFailure(
+        key=key if key.isprintable() and len(key) <= 200 else ascii(key)[1:-1][:200],
+        clip_index=None,
+        step="source",
+        reason=reason,
+        message=_storable(message),
+        source_uri=_storable(source_uri),
+    )
+
+
+def _storable(text: str) -> str:
+    """Text that UTF-8 can hold: file names may have bytes that are no text."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def _shown(name: str) -> str:
+    text = repr(name)
+    return text if len(text) <= 200 else text[:200] + "..."
