@@ -1,0 +1,130 @@
+"""The order of an epoch as a pure function: every row once, batches of one bucket, the same for whoever asks, and few
+files per rank."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.epoch import REMAINDERS, WINDOW_FILES, GlobalBatch, global_batches, num_batches, shuffled, windows
+
+COUNTS = st.integers(1, 3).flatmap(
+    lambda num_buckets: st.lists(
+        st.lists(st.integers(0, 9), min_size=num_buckets, max_size=num_buckets), min_size=1, max_size=12
+    )
+)
+SEEDS = st.one_of(st.none(), st.integers(0, 2**40))
+
+
+def order(
+    counts: list[list[int]], size: int, seed: int | None, epoch: int, remainder: str, window_bytes: int = 25
+) -> list[GlobalBatch]:
+    array = np.array(counts, dtype=np.int64)
+    return list(
+        global_batches(
+            array,
+            array.sum(axis=1),
+            global_batch_size=size,
+            seed=seed,
+            epoch=epoch,
+            remainder=remainder,  # type: ignore[arg-type]
+            window_bytes=window_bytes,
+        )
+    )
+
+
+def rows(batches: list[GlobalBatch]) -> list[list[tuple[int, int, int]]]:
+    return [
+        [(int(file), batch.bucket, int(number)) for file, number in zip(batch.files, batch.numbers, strict=True)]
+        for batch in batches
+    ]
+
+
+def all_rows(counts: list[list[int]]) -> Counter[tuple[int, int, int]]:
+    return Counter((f, b, n) for f, row in enumerate(counts) for b, num in enumerate(row) for n in range(num))
+
+
+@settings(deadline=None)
+@given(COUNTS, st.integers(1, 12), SEEDS, st.integers(0, 3), st.integers(0, 60))
+def test_every_row_is_in_exactly_one_batch(
+    counts: list[list[int]], size: int, seed: int | None, epoch: int, window_bytes: int
+) -> None:
+    kept = rows(order(counts, size, seed, epoch, "keep", window_bytes))
+    assert Counter(row for batch in kept for row in batch) == all_rows(counts)
+    assert all(0 < len(batch) <= size for batch in kept)
+
+
+@settings(deadline=None)
+@given(COUNTS, st.integers(1, 12), SEEDS, st.integers(0, 3))
+def test_the_remainders_differ_in_the_short_batches_only(
+    counts: list[list[int]], size: int, seed: int | None, epoch: int
+) -> None:
+    kept, dropped, padded = (order(counts, size, seed, epoch, remainder) for remainder in REMAINDERS)
+    assert rows(dropped) == [batch for batch in rows(kept) if len(batch) == size][: len(dropped)]
+    assert len(padded) == len(kept)
+    for short, full in zip(kept, padded, strict=True):
+        assert len(full.files) == size
+        assert full.num_distinct == len(short.files)
+        assert rows([full])[0][: len(short.files)] == rows([short])[0]
+        assert set(rows([full])[0]) == set(rows([short])[0])
+
+
+@settings(deadline=None)
+@given(COUNTS, st.integers(1, 4), st.integers(1, 4), SEEDS, st.sampled_from(REMAINDERS))
+def test_the_number_of_batches_is_known_from_the_counts(
+    counts: list[list[int]], batch_size: int, world_size: int, seed: int | None, remainder: str
+) -> None:
+    batches = order(counts, batch_size * world_size, seed, 0, remainder)
+    totals = np.array(counts).sum(axis=0)
+    for rank in range(world_size):
+        expected = sum(len(batch.files) > rank * batch_size for batch in batches)
+        assert num_batches(totals, batch_size, rank, world_size, remainder) == expected  # type: ignore[arg-type]
+
+
+def test_each_epoch_and_each_seed_has_its_own_order() -> None:
+    counts = [[8], [8], [8]]
+    orders = [rows(order(counts, 4, seed, epoch, "keep")) for seed in (0, 1) for epoch in (0, 1)]
+    assert all(orders[i] != orders[j] for i in range(4) for j in range(i))
+    assert rows(order(counts, 4, 0, 0, "keep")) == orders[0]
+
+
+def test_without_a_seed_rows_come_in_the_order_of_the_files() -> None:
+    batches = rows(order([[3, 1], [2, 2]], 2, None, 0, "keep"))
+    assert [row for batch in batches for row in batch if row[1] == 0] == [
+        (0, 0, 0),
+        (0, 0, 1),
+        (0, 0, 2),
+        (1, 0, 0),
+        (1, 0, 1),
+    ]
+
+
+def test_the_permutation_is_the_same_in_every_version() -> None:
+    # Saved cursors of running trainings depend on it.
+    assert shuffled(8, 0, 0, 0).tolist() == [3, 2, 1, 6, 0, 7, 4, 5]
+    assert sorted(shuffled(1000, 5, 6, 7)) == list(range(1000))
+
+
+@given(st.lists(st.integers(0, 50), max_size=300), st.integers(0, 100))
+def test_windows_cover_the_order_and_respect_their_size(sizes: list[int], window_bytes: int) -> None:
+    found = list(windows(np.array(sizes, dtype=np.int64), np.arange(len(sizes)), window_bytes))
+    assert [place for start, end in found for place in range(start, end)] == list(range(len(sizes)))
+    for start, end in found:
+        assert end - start <= WINDOW_FILES
+        assert end - start == 1 or sum(sizes[start:end]) <= window_bytes
+
+
+def test_buckets_are_mixed_through_the_epoch() -> None:
+    buckets = [batch.bucket for batch in order([[50, 50]] * 8, 10, 0, 0, "keep", window_bytes=10_000)]
+    assert {0, 1} == set(buckets[: len(buckets) // 4])
+
+
+def test_a_rank_reads_few_of_the_files_in_a_window() -> None:
+    world_size, batch_size, num_files = 8, 32, 64
+    batches = order([[64]] * num_files, world_size * batch_size, 0, 0, "keep", window_bytes=10**9)
+    for rank in range(world_size):
+        seen = {int(file) for batch in batches for file in batch.files[rank * batch_size : (rank + 1) * batch_size]}
+        assert len(seen) <= num_files // 3, f"rank {rank} reads {len(seen)} of {num_files} files"
