@@ -51,7 +51,10 @@ _START_TIMEOUT_S = 120.0
 _SLOWEST_READ_BYTES_PER_S = 20e6
 _POLL_S = 0.2
 _LOG_TAIL_BYTES = 4096
-_START = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from pipeline.decode_child import main; main(sys.argv[2:])"
+_START = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
+    "from pipeline.decode_child import main; main(sys.argv[2:])"
+)
 
 
 def decoder_versions() -> dict[str, str]:
@@ -226,7 +229,7 @@ class _Child:
             raise self.broken(f"its clip makes no sense: {error}") from error
 
     def _copy(self, target: np.ndarray[Any, Any], offset: int) -> None:
-        rest = memoryview(target.reshape(-1)).cast("B")
+        rest = target.reshape(-1).data.cast("B")
         while rest:
             num_read = os.preadv(self._memory_fd, [rest], offset)
             rest, offset = rest[num_read:], offset + num_read
@@ -571,4 +574,4 @@ def _rejection(child: _Child, answer: Mapping[str, Any]) -> tuple[str, str]:
     reason, message = answer.get("reason"), answer.get("message")
     if reason not in REASONS or not isinstance(message, str):
         raise child.broken(f"its rejection makes no sense: {answer}")
-    return reason, _printable(message)
+    return str(reason), _printable(message)
