@@ -33,10 +33,13 @@ import numpy as np
 from pipeline.config import DecodeLimits
 from pipeline.cutting import Cover, CutRules, choose_bucket, clip_spans, cover
 from pipeline.errors import RejectionError
-from pipeline.frames import MAX_LOG_BYTES, ClipReader, decoder_class, open_picture, scan_video
+from pipeline.frames import ClipReader, decoder_class, open_picture, scan_video
 from pipeline.records import Bucket
 
 MAX_MESSAGE_BYTES = 1 << 16
+# What a child may write into files: its log, in which the parent reads what went wrong and the child whether decord
+# complained.
+_MAX_LOG_BYTES = 1 << 20
 _SIGN_OF_LIFE_S = 1.0
 _MAX_TEXT = 1000
 
@@ -104,7 +107,7 @@ def _enter_sandbox(parent_pid: int, memory_bytes: int) -> dict[str, object]:
     if os.getppid() != parent_pid:
         os._exit(1)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (MAX_LOG_BYTES, MAX_LOG_BYTES))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (_MAX_LOG_BYTES, _MAX_LOG_BYTES))
     resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
     return {
         "network": _refuse_network(),
@@ -330,6 +333,8 @@ def main(arguments: list[str]) -> None:
     """
     connection_fd, memory_fd, parent_pid, memory_bytes = map(int, arguments)
     faulthandler.enable()
+    # Ctrl-C in a terminal reaches every process of the group; the parent decides when a child ends.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     sandbox = _enter_sandbox(parent_pid, memory_bytes)
     memory = memoryview(mmap.mmap(memory_fd, 0))
     os.close(memory_fd)

@@ -15,7 +15,7 @@ import os
 import struct
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,12 +27,10 @@ from pipeline.errors import RejectionError
 
 if TYPE_CHECKING:
     from av.container import InputContainer
+    from av.packet import Packet
     from av.video.frame import VideoFrame
     from av.video.stream import VideoStream
     from PIL import Image
-
-# What a child may write into files: its log, which the parent reads when something went wrong.
-MAX_LOG_BYTES = 1 << 20
 
 CONTAINERS = ("mov", "mp4", "m4a", "3gp", "3g2", "mj2", "matroska", "webm", "avi", "mpegts", "mpeg", "mpegvideo")
 CODECS = ("h264", "hevc", "vp8", "vp9", "av1", "mpeg4", "mpeg2video", "mpeg1video", "mjpeg")
@@ -90,7 +88,13 @@ class Scan:
 
     @property
     def is_turned(self) -> bool:
+        """Whether width and height are exchanged between the stored picture and the one shown."""
         return self.orientation[0] == 0
+
+    def key_frame_before(self, index: int) -> int:
+        """The last frame not after `index` that decoding can start at; 0 where only what precedes all frames serves."""
+        place = int(np.searchsorted(self.key_frames, index, side="right")) - 1
+        return int(self.key_frames[place]) if place >= 0 else 0
 
 
 def _av_error_text(error: Exception) -> str:
@@ -168,15 +172,25 @@ def _check_length(num_frames: int, duration_s: float, limits: DecodeLimits) -> N
 
 @dataclass(slots=True)
 class _Packets:
-    """The packets of a stream: presentation times, which can be started at, and what the demuxer complained about."""
+    """The packets of a stream in the order of the file, and the first picture that comes out of them.
 
-    pts: list[int]
-    is_key: list[bool]
-    num_seen: int
-    last_duration: int
-    last_pts: int
-    lost_pts: int | None
-    ended_early: bool
+    Attributes:
+        pts: presentation times in ticks, of the frames that can be shown.
+        is_key: whether decoding can start there.
+        num_seen: all packets, also those that only serve others.
+        last_duration: ticks that the frame shown last is shown.
+        lost_pts: the time of a last packet that is cut off; it is not among `pts`.
+        ended_early: the demuxer met the end of the file where it expected more.
+    """
+
+    pts: list[int] = field(default_factory=list)
+    is_key: list[bool] = field(default_factory=list)
+    num_seen: int = 0
+    last_duration: int = 0
+    lost_pts: int | None = None
+    ended_early: bool = False
+    picture: VideoFrame | None = None
+    picture_error: str = "nothing came out of the decoder"
 
 
 def _read_packets(
@@ -184,56 +198,80 @@ def _read_packets(
 ) -> _Packets:
     import av.logging
 
-    found = _Packets(
-        pts=[], is_key=[], num_seen=0, last_duration=0, last_pts=-(1 << 62), lost_pts=None, ended_early=False
-    )
-    packets = container.demux(stream)
+    _prepare(stream, {}, limits)
+    found = _Packets()
+    has_key, last_pts = False, None
     with av.logging.Capture() as complaints:
-        while True:
+        for packet in _packets(container, stream):
             sign_of_life()
-            try:
-                packet = next(packets, None)
-            except MemoryError:
-                raise
-            except av.error.FFmpegError:
-                found.ended_early = True
-                break
-            if packet is None or packet.size == 0:
+            if packet is None:
+                _try_picture(stream, None, found)
                 break
             found.num_seen += 1
             _check_length(found.num_seen, 0.0, limits)
-            pts = packet.dts if packet.pts is None else packet.pts
+            pts = _time_of(packet)
             if pts is None:
                 raise RejectionError("unreadable", f"packet {found.num_seen} of the video carries no time")
             found.lost_pts = pts if packet.is_corrupt else None
-            if packet.is_discard or not (packet.is_keyframe or found.pts):
+            has_key |= packet.is_keyframe
+            if not has_key:
                 continue
-            if pts >= found.last_pts:
-                found.last_pts, found.last_duration = pts, packet.duration or 0
+            _try_picture(stream, packet, found)
+            # Frames before the first key frame in time refer to what is not there; discarded ones are never shown.
+            if packet.is_discard or (found.pts and pts < found.pts[0]):
+                continue
+            if last_pts is None or pts > last_pts:
+                last_pts, found.last_duration = pts, packet.duration or 0
             found.pts.append(pts)
             found.is_key.append(packet.is_keyframe)
-    found.ended_early |= any("ended prematurely" in text for _, _, text in complaints)
-    if found.lost_pts is not None and found.pts:
+    found.ended_early = any("prematurely" in text or "partial file" in text for _, _, text in complaints)
+    if found.lost_pts is not None and found.pts and found.pts[-1] == found.lost_pts:
         found.ended_early = True
         found.pts.pop()
         found.is_key.pop()
     return found
 
 
-def _first_picture(container: InputContainer, stream: VideoStream, limits: DecodeLimits) -> VideoFrame:
+def _packets(container: InputContainer, stream: VideoStream) -> Iterator[Packet[VideoStream] | None]:
+    """The packets of a stream, then one None; a demuxer that fails has met the end."""
     import av
 
-    container.seek(0)
-    stream.codec_context.options = {"max_pixels": str(limits.max_picture_px)}
+    packets = container.demux(stream)
+    while True:
+        try:
+            packet = next(packets, None)
+        except MemoryError:
+            raise
+        except av.error.FFmpegError:
+            packet = None
+        if packet is None or packet.size == 0:
+            yield None
+            return
+        yield packet
+
+
+def _time_of(packet: Packet[VideoStream]) -> int | None:
+    return packet.dts if packet.pts is None else packet.pts
+
+
+def _prepare(stream: VideoStream, options: dict[str, str], limits: DecodeLimits) -> None:
+    stream.codec_context.options = {**options, "max_pixels": str(limits.max_picture_px)}
     stream.codec_context.thread_count = 1
+
+
+def _try_picture(stream: VideoStream, packet: Packet[VideoStream] | None, found: _Packets) -> None:
+    """Decodes until there is a first picture, leniently: it tells size, format and turn, and goes into no clip."""
+    import av
+
+    if found.picture is not None:
+        return
     try:
-        for frame in container.decode(stream):
-            return frame
+        for frame in stream.codec_context.decode(packet):
+            found.picture = found.picture or frame
     except MemoryError:
         raise
     except (av.error.FFmpegError, ValueError) as error:
-        raise RejectionError("decode_error", f"the first frame does not decode: {_av_error_text(error)}") from error
-    raise RejectionError("frames_missing", "no frame of the video decodes")
+        found.picture_error = _av_error_text(error)
 
 
 def _orientation(frame: VideoFrame) -> tuple[int, int, int, int]:
@@ -261,8 +299,10 @@ def scan_video(path: str, limits: DecodeLimits, sign_of_life: Callable[[], None]
         stream, num_video_streams = _choose_stream(container, limits)
         packets = _read_packets(container, stream, limits, sign_of_life)
         if not packets.pts:
-            raise RejectionError("frames_missing", f"{stream.frames or 'the'} promised frames, none is in the file")
-        frame = _first_picture(container, stream, limits)
+            raise RejectionError("frames_missing", f"of {stream.frames or 'the'} promised frames none is in the file")
+        frame = packets.picture
+        if frame is None:
+            raise RejectionError("decode_error", f"not one of {len(packets.pts)} frames: {packets.picture_error}")
         _check_picture(frame.width, frame.height, limits)
         if frame.format.name not in PIXEL_FORMATS:
             raise RejectionError(
@@ -301,14 +341,17 @@ def _timeline(
     usual_s = float(np.median(np.diff(times_s))) if len(pts) > 1 else 1 / float(stream.average_rate or 25)
     end_s = float(times_s[-1]) + (packets.last_duration * tick_s or usual_s)
     promised_end_s, num_promised = end_s, len(pts)
-    if stream.frames > packets.num_seen - (packets.lost_pts is not None):
-        header_end_s = float(stream.duration or 0) * tick_s
-        if header_end_s > end_s + 1.5 * usual_s:
-            promised_end_s = header_end_s
-            num_promised += stream.frames - packets.num_seen + (packets.lost_pts is not None)
+    num_missing = stream.frames - packets.num_seen + (packets.lost_pts is not None)
+    header_end_s = float(stream.duration or 0) * tick_s
+    if num_missing > 0 and container.format.name.startswith("mov"):
+        promised_end_s = max(header_end_s, end_s + num_missing * usual_s)
+        num_promised += num_missing
+    # AVI counts frames that repeat the one before and have no bytes, so that only missing time says something.
+    elif num_missing > 0 and header_end_s > end_s + 1.5 * usual_s:
+        promised_end_s = header_end_s
+        num_promised += num_missing
     elif packets.ended_early and container.duration is not None:
-        start_s = (pts[0] * tick_s) - (container.start_time or 0) / 1e6
-        header_end_s = container.duration / 1e6 - start_s
+        header_end_s = (container.duration + (container.start_time or 0)) / 1e6 - float(pts[0]) * tick_s
         if header_end_s > end_s + 1.5 * usual_s:
             promised_end_s = header_end_s
             num_promised += round((header_end_s - end_s) / usual_s)
@@ -331,7 +374,7 @@ class _DecordReader:
         import decord
 
         self._reader = decord.VideoReader(path, width=shape.width_px, height=shape.height_px, num_threads=1)
-        self._key_frames = scan.key_frames
+        self._scan = scan
         self._shape = shape
         self._sign_of_life = sign_of_life
         self._position = 0
@@ -363,7 +406,7 @@ class _DecordReader:
 
     def _walk_to(self, index: int) -> None:
         """Moves on in steps short enough for a sign of life between them."""
-        key_frame = int(self._key_frames[np.searchsorted(self._key_frames, index, side="right") - 1])
+        key_frame = self._scan.key_frame_before(index)
         here = self._position if key_frame <= self._position <= index else key_frame
         for step in range(here + _DECORD_SKIPS_PER_CALL, index, _DECORD_SKIPS_PER_CALL):
             self._reader.seek_accurate(step)
@@ -449,16 +492,14 @@ class _StrictReader:
 
     def _start_before(self, index: int) -> None:
         """Makes `_coming` give frames from a key frame at or before `index`."""
-        keys = self._scan.key_frames
         can_jump = self._scan.container in ("mov", "matroska")
-        key_frame = int(keys[np.searchsorted(keys, index, side="right") - 1]) if can_jump else 0
+        key_frame = self._scan.key_frame_before(index) if can_jump else 0
         if self._container is not None and key_frame <= self._position <= index:
             return
         self.close()
         self._container = _open_container(self._path, self._limits)
         stream, _ = _choose_stream(self._container, self._limits)
-        stream.codec_context.options = {"err_detect": "explode", "max_pixels": str(self._limits.max_picture_px)}
-        stream.codec_context.thread_count = 1
+        _prepare(stream, {"err_detect": "explode"}, self._limits)
         if key_frame > 0:
             self._container.seek(int(self._scan.pts[key_frame]), stream=stream)
         self._position = key_frame
@@ -466,39 +507,30 @@ class _StrictReader:
 
     def _frames(self, container: InputContainer, stream: VideoStream) -> Iterator[tuple[int, VideoFrame]]:
         """Frames in the order they are shown, each with its index."""
-        import av
-
         pts = self._scan.pts
         # In AVI packets carry decoding times; those of frames that are shown out of order belong to their neighbours.
         by_count = self._scan.container == "avi"
         num_shown = 0
-        packets = container.demux(stream)
-        has_started = False
-        while True:
-            try:
-                packet = next(packets, None)
-            except MemoryError:
-                raise
-            except av.error.FFmpegError:
-                packet = None
-            if packet is not None and packet.size > 0:
-                has_started |= packet.is_keyframe
-                is_lost = packet.is_corrupt and packet.pts == self._scan.lost_pts
-                if is_lost or not has_started:
+        has_key = False
+        for packet in _packets(container, stream):
+            if packet is not None:
+                has_key |= packet.is_keyframe
+                time = _time_of(packet)
+                is_lost = packet.is_corrupt and time == self._scan.lost_pts
+                is_cut_off = time is not None and time < pts[0] and not packet.is_discard
+                if is_lost or is_cut_off or not has_key:
                     continue
-            for frame in stream.codec_context.decode(packet if packet is not None and packet.size > 0 else None):
-                if by_count:
-                    index = num_shown
-                elif (
-                    frame.pts is None
-                    or (index := int(np.searchsorted(pts, frame.pts))) == len(pts)
-                    or pts[index] != frame.pts
-                ):
-                    continue
+            for frame in stream.codec_context.decode(packet):
+                index = num_shown if by_count else self._index_of(frame)
                 num_shown += 1
-                yield index, frame
-            if packet is None or packet.size == 0:
-                return
+                if index is not None:
+                    yield index, frame
+
+    def _index_of(self, frame: VideoFrame) -> int | None:
+        if frame.pts is None:
+            return None
+        index = int(np.searchsorted(self._scan.pts, frame.pts))
+        return index if index < len(self._scan.pts) and self._scan.pts[index] == frame.pts else None
 
     def _picture(self, frame: VideoFrame, height_px: int, width_px: int) -> npt.NDArray[np.uint8]:
         """Resized to cover, turned as the display matrix says, cropped."""
@@ -579,7 +611,6 @@ class ClipReader:
         the picture and says so on standard error only. Whether a picture stands still or a decoder repeats itself,
         only a strict decoder can tell.
         """
-        log_bytes = os.fstat(sys.stderr.fileno()).st_size
         try:
             if self._decord is None:
                 self._decord = self._open_decord()
@@ -589,8 +620,8 @@ class ClipReader:
         except Exception:
             self._decord = None
             return None
-        complained = os.fstat(sys.stderr.fileno()).st_size != log_bytes or log_bytes >= MAX_LOG_BYTES
-        return complained or bool(_repeats(frames).any())
+        # A complaint counts from then on: damage goes from frame to frame, into clips that follow.
+        return os.fstat(sys.stderr.fileno()).st_size > 0 or bool(_repeats(frames).any())
 
 
 def _needs_own_turning(scan: Scan) -> bool:
@@ -605,8 +636,8 @@ def _repeats(frames: npt.NDArray[np.uint8]) -> npt.NDArray[np.bool_]:
 
 
 def _agree(frames: npt.NDArray[np.uint8], checked: npt.NDArray[np.uint8]) -> bool:
-    """Whether two decoders saw the same pictures, up to their scalers, and the same ones stand still."""
-    if not np.array_equal(_repeats(frames), _repeats(checked)):
+    """Whether decord's frames show what the strict decoder saw, up to the scalers, and repeat only what it repeats."""
+    if (_repeats(frames) & ~_repeats(checked)).any():
         return False
     return all(
         float(np.abs(one.astype(np.int16) - other).mean()) <= _AGREEMENT_LEVELS
