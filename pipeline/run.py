@@ -370,7 +370,7 @@ def _ray(config: JobConfig, progress: Progress) -> Iterator[None]:
     # Errors come back with the results; the workers' own output would tear the progress line apart.
     if address is not None:
         try:
-            ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         except (RayError, ConnectionError, RuntimeError) as error:
             raise UsageError(f"there is no Ray cluster at {address}: {error}") from error
     else:
@@ -380,7 +380,7 @@ def _ray(config: JobConfig, progress: Progress) -> Iterator[None]:
             include_dashboard=False,
             object_store_memory=80 << 20,
             log_to_driver=False,
-            logging_level=logging.WARNING,
+            logging_level=logging.ERROR,
         )
     progress.say("ray", f"Ray {ray.__version__}, {'cluster ' + address if address else 'embedded'}, {_resources()}")
     try:
