@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
 import subprocess
-import sys
 import tempfile
 import time
-import urllib.error
-import urllib.request
 import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -19,10 +15,10 @@ from typing import Any
 
 import botocore.session
 import pytest
+from servers import BIN, FaultProxy, free_ports, s3_variables, stop, wait_for_http
 
+import pipeline.s3
 from pipeline.storage import ObjectStore, open_store
-
-BIN = Path(sys.executable).parent
 
 
 @dataclass(frozen=True)
@@ -45,60 +41,6 @@ class SeaweedFS:
             aws_access_key_id=self.env["AWS_ACCESS_KEY_ID"],
             aws_secret_access_key=self.env["AWS_SECRET_ACCESS_KEY"],
         )
-
-
-def s3_variables(endpoint: str, key: str, secret: str) -> dict[str, str]:
-    """The environment of a process that uses an S3 store here, and nothing else that this machine may offer."""
-    return {
-        "AWS_ENDPOINT_URL": endpoint,
-        "AWS_ACCESS_KEY_ID": key,
-        "AWS_SECRET_ACCESS_KEY": secret,
-        "AWS_EC2_METADATA_DISABLED": "true",
-        "AWS_CONFIG_FILE": os.devnull,
-        "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
-    }
-
-
-def free_ports(count: int) -> int:
-    """The first of `count` neighbouring free ports whose neighbours 10,000 above are free too.
-
-    weed listens on both. Ray's workers take 10002-19999, and the system gives out 32768 and above.
-    """
-    start = 20_000 + os.getpid() * 16 % 2_500
-    for first in [*range(start, 22_600, 16), *range(20_000, start, 16)]:
-        if all(_is_free(port + above) for port in range(first, first + count) for above in (0, 10_000)):
-            return first
-    raise RuntimeError("no free ports between 20000 and 22600")
-
-
-def _is_free(port: int) -> bool:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        return probe.connect_ex(("127.0.0.1", port)) != 0
-
-
-def wait_for_http(url: str, process: subprocess.Popen[bytes], log: Path, timeout_s: float = 60) -> None:
-    """Returns once a server answers anything."""
-    deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline and process.poll() is None:
-        try:
-            with urllib.request.urlopen(url, timeout=5):
-                return
-        except urllib.error.HTTPError as answer:
-            answer.close()
-            return
-        except OSError:
-            time.sleep(0.1)
-    raise RuntimeError(f"{url} did not answer: {log.read_text(errors='replace')[-2000:]}")
-
-
-def stop(process: subprocess.Popen[bytes]) -> None:
-    process.terminate()
-    try:
-        process.wait(20)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
 
 
 @pytest.fixture(scope="session")
@@ -163,6 +105,22 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> ObjectStore:
         return open_store(str(tmp_path / "output"))
     environment: SeaweedFS = request.getfixturevalue("s3_env")
     return open_store(environment.root())
+
+
+@pytest.fixture
+def proxy(s3_env: SeaweedFS, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
+    """A way to the store that a test can spoil; this process's environment points at it."""
+    proxy = FaultProxy(s3_env.endpoint)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+    monkeypatch.setattr(pipeline.s3, "_answered", {proxy.endpoint})
+    yield proxy
+    proxy.close()
+
+
+@pytest.fixture
+def far_store(proxy: FaultProxy, s3_env: SeaweedFS) -> ObjectStore:
+    """An S3 store behind the proxy."""
+    return open_store(s3_env.root())
 
 
 @pytest.fixture(scope="session")

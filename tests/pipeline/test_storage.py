@@ -8,7 +8,6 @@ the real store, which alone can lose an answer on purpose.
 from __future__ import annotations
 
 import hashlib
-import http.client
 import io
 import os
 import pickle
@@ -18,13 +17,12 @@ import sys
 import tarfile
 import threading
 import time
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
+from servers import FaultProxy
 
 import pipeline.s3
 import pipeline.store
@@ -45,121 +43,6 @@ from pipeline.storage import (
     sha256_of_file,
     stat_input,
 )
-
-Fault = Callable[[str, str], str | None]
-
-
-class FaultProxy:
-    """Passes requests to a real store; `fault(method, path)` names what goes wrong with one, or None.
-
-    lose: the request is carried out, then the connection closes without an answer.
-    drop: the connection closes and the store never hears of it.
-    <number>: the store is not asked; that status is answered with the S3 code of `codes`.
-    short: the body ends early.    truncate: body and lengths agree, but the end is missing.    flip: one byte differs.
-    """
-
-    def __init__(self, endpoint: str) -> None:
-        self.codes = {
-            "503": "SlowDown",
-            "500": "InternalError",
-            "409": "ConditionalRequestConflict",
-            "400": "ExpiredToken",
-        }
-        self.requests: list[tuple[str, str]] = []
-        self.fault: Fault = lambda method, path: None
-        proxy = self
-        host, port = endpoint.removeprefix("http://").split(":")
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def log_message(self, *args: object) -> None:
-                pass
-
-            def handle_any(self) -> None:
-                body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-                proxy.requests.append((self.command, self.path))
-                fault = proxy.fault(self.command, self.path)
-                if fault == "drop":
-                    self.close_connection = True
-                    return
-                if fault is not None and fault.isdigit():
-                    error = f"<Error><Code>{proxy.codes[fault]}</Code><Message>m</Message></Error>".encode()
-                    return self.answer(int(fault), [("Content-Type", "application/xml")], error)
-                upstream = http.client.HTTPConnection(host, int(port), timeout=60)
-                try:
-                    headers = {name: value for name, value in self.headers.items() if name != "Expect"}
-                    upstream.request(self.command, self.path, body, headers)
-                    response = upstream.getresponse()
-                    content, status, fields = response.read(), response.status, response.getheaders()
-                finally:
-                    upstream.close()
-                if fault == "lose":
-                    self.close_connection = True
-                    return
-                self.spoil_and_answer(fault, status, fields, content)
-
-            def spoil_and_answer(
-                self, fault: str | None, status: int, fields: list[tuple[str, str]], content: bytes
-            ) -> None:
-                length = None
-                if fault == "short":
-                    length, content = len(content), content[: len(content) // 2]
-                    self.close_connection = True
-                elif fault == "truncate":
-                    content = content[: len(content) // 2]
-                elif fault == "flip":
-                    content = content[:-1] + bytes([content[-1] ^ 1])
-                self.answer(status, fields, content, length)
-
-            def answer(
-                self, status: int, fields: list[tuple[str, str]], content: bytes, length: int | None = None
-            ) -> None:
-                self.send_response(status)
-                for name, value in fields:
-                    if name.lower() == "content-length" and self.command == "HEAD":
-                        length = int(value)
-                    elif name.lower() not in ("content-length", "transfer-encoding", "connection", "date", "server"):
-                        self.send_header(name, value)
-                self.send_header("Content-Length", str(len(content) if length is None else length))
-                self.end_headers()
-                self.wfile.write(content)
-
-            do_GET = do_PUT = do_HEAD = do_POST = do_DELETE = handle_any  # noqa: N815
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
-        self.endpoint = f"http://127.0.0.1:{self._server.server_address[1]}"
-        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02})
-        self._thread.start()
-
-    def first(self, count: int, what: str, method: str, ending: str = "") -> None:
-        """Spoils the next `count` requests of a method whose path ends so."""
-        left = [what] * count
-        self.fault = lambda m, path: left.pop() if left and m == method and path.endswith(ending) else None
-
-    def count(self, method: str) -> int:
-        return sum(m == method for m, _ in self.requests)
-
-    def close(self) -> None:
-        self._server.shutdown()
-        self._thread.join()
-        self._server.server_close()
-
-
-@pytest.fixture
-def proxy(s3_env: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
-    proxy = FaultProxy(s3_env.endpoint)
-    monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
-    monkeypatch.setattr(pipeline.s3, "_answered", {proxy.endpoint})
-    yield proxy
-    proxy.close()
-
-
-@pytest.fixture
-def far_store(proxy: FaultProxy, s3_env: Any) -> ObjectStore:
-    """An S3 store behind the proxy."""
-    return open_store(s3_env.root())
 
 
 @pytest.fixture

@@ -1,0 +1,176 @@
+"""Servers that tests start on this machine, and a proxy that spoils what passes between a test and one of them.
+
+Not fixtures (those are in conftest.py).
+"""
+
+from __future__ import annotations
+
+import http.client
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+BIN = Path(sys.executable).parent
+
+
+def s3_variables(endpoint: str, key: str, secret: str) -> dict[str, str]:
+    """The environment of a process that uses an S3 store here, and nothing else that this machine may offer."""
+    return {
+        "AWS_ENDPOINT_URL": endpoint,
+        "AWS_ACCESS_KEY_ID": key,
+        "AWS_SECRET_ACCESS_KEY": secret,
+        "AWS_EC2_METADATA_DISABLED": "true",
+        "AWS_CONFIG_FILE": os.devnull,
+        "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+    }
+
+
+def free_ports(count: int) -> int:
+    """The first of `count` neighbouring free ports whose neighbours 10,000 above are free too.
+
+    weed listens on both. Ray's workers take 10002-19999, and the system gives out 32768 and above.
+    """
+    start = 20_000 + os.getpid() * 16 % 2_500
+    for first in [*range(start, 22_600, 16), *range(20_000, start, 16)]:
+        if all(_is_free(port + above) for port in range(first, first + count) for above in (0, 10_000)):
+            return first
+    raise RuntimeError("no free ports between 20000 and 22600")
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        return probe.connect_ex(("127.0.0.1", port)) != 0
+
+
+def wait_for_http(url: str, process: subprocess.Popen[bytes], log: Path, timeout_s: float = 60) -> None:
+    """Returns once a server answers anything."""
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            with urllib.request.urlopen(url, timeout=5):
+                return
+        except urllib.error.HTTPError as answer:
+            answer.close()
+            return
+        except OSError:
+            time.sleep(0.1)
+    raise RuntimeError(f"{url} did not answer: {log.read_text(errors='replace')[-2000:]}")
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    process.terminate()
+    try:
+        process.wait(20)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+Fault = Callable[[str, str], str | None]
+
+
+class FaultProxy:
+    """Passes requests to a real store; `fault(method, path)` names what goes wrong with one, or None.
+
+    lose: the request is carried out, then the connection closes without an answer.
+    drop: the connection closes and the store never hears of it.
+    <number>: the store is not asked; that status is answered with the S3 code of `codes`.
+    short: the body ends early.    truncate: body and lengths agree, but the end is missing.    flip: one byte differs.
+    """
+
+    def __init__(self, endpoint: str) -> None:
+        self.codes = {
+            "503": "SlowDown",
+            "500": "InternalError",
+            "409": "ConditionalRequestConflict",
+            "400": "ExpiredToken",
+        }
+        self.requests: list[tuple[str, str]] = []
+        self.fault: Fault = lambda method, path: None
+        proxy = self
+        host, port = endpoint.removeprefix("http://").split(":")
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def log_message(self, *args: object) -> None:
+                pass
+
+            def handle_any(self) -> None:
+                body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+                proxy.requests.append((self.command, self.path))
+                fault = proxy.fault(self.command, self.path)
+                if fault == "drop":
+                    self.close_connection = True
+                    return
+                if fault is not None and fault.isdigit():
+                    error = f"<Error><Code>{proxy.codes[fault]}</Code><Message>m</Message></Error>".encode()
+                    return self.answer(int(fault), [("Content-Type", "application/xml")], error)
+                upstream = http.client.HTTPConnection(host, int(port), timeout=60)
+                try:
+                    headers = {name: value for name, value in self.headers.items() if name != "Expect"}
+                    upstream.request(self.command, self.path, body, headers)
+                    response = upstream.getresponse()
+                    content, status, fields = response.read(), response.status, response.getheaders()
+                finally:
+                    upstream.close()
+                if fault == "lose":
+                    self.close_connection = True
+                    return
+                self.spoil_and_answer(fault, status, fields, content)
+
+            def spoil_and_answer(
+                self, fault: str | None, status: int, fields: list[tuple[str, str]], content: bytes
+            ) -> None:
+                length = None
+                if fault == "short":
+                    length, content = len(content), content[: len(content) // 2]
+                    self.close_connection = True
+                elif fault == "truncate":
+                    content = content[: len(content) // 2]
+                elif fault == "flip":
+                    content = content[:-1] + bytes([content[-1] ^ 1])
+                self.answer(status, fields, content, length)
+
+            def answer(
+                self, status: int, fields: list[tuple[str, str]], content: bytes, length: int | None = None
+            ) -> None:
+                self.send_response(status)
+                for name, value in fields:
+                    if name.lower() == "content-length" and self.command == "HEAD":
+                        length = int(value)
+                    elif name.lower() not in ("content-length", "transfer-encoding", "connection", "date", "server"):
+                        self.send_header(name, value)
+                self.send_header("Content-Length", str(len(content) if length is None else length))
+                self.end_headers()
+                self.wfile.write(content)
+
+            do_GET = do_PUT = do_HEAD = do_POST = do_DELETE = handle_any  # noqa: N815
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        self.endpoint = f"http://127.0.0.1:{self._server.server_address[1]}"
+        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02})
+        self._thread.start()
+
+    def first(self, count: int, what: str, method: str, ending: str = "") -> None:
+        """Spoils the next `count` requests of a method whose path ends so."""
+        left = [what] * count
+        self.fault = lambda m, path: left.pop() if left and m == method and path.endswith(ending) else None
+
+    def count(self, method: str) -> int:
+        return sum(m == method for m, _ in self.requests)
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._thread.join()
+        self._server.server_close()
