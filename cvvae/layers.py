@@ -1,13 +1,16 @@
 """The layers that both published families are made of; every difference between families is an argument.
 
-Activations are 5-D (B, C, T, H, W) in channels_last_3d memory, so that folding T into B for a 2D convolution
-or moving C to the end for a linear layer is a view. Only `model` builds these layers.
+Activations are (B, C, T, H, W) whose memory is (B, T, H, W, C): folding T into B for a 2D convolution or moving C to
+the end for a linear layer is a view, and oneDNN and cuDNN run their fastest kernels. All views go by `movedim`, because
+torch recognises the layout by its strides, and `transpose(1, 2).flatten(0, 1)` gives a single frame strides that it
+does not recognise; from there on everything ran in the other layout, at half the speed. Only `model` builds these layers.
 
 Tensor letters: B batch, C channels, T H W frames, height and width at whatever resolution the layer works.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +20,8 @@ from torch import Tensor, nn
 from cvvae.config import CVVAEConfig, PaddingMode
 
 KERNEL = 3
+NARROW_CHANNELS = 16
+"""Inputs of at most so many channels (frames, latents) have their temporal taps stacked as channels."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,14 +54,26 @@ def plan_taps(index: int, num_frames: int, stride: int, padding: Padding) -> Tap
     return TapPlan(min(readers), tuple(tuple(readers[frame]) for frame in sorted(readers)))
 
 
+def to_channels_last(x: Tensor) -> Tensor:
+    """The same tensor in the memory layout of this module; a view where it already is."""
+    return x.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
 def fold_frames(x: Tensor) -> Tensor:
-    """(B, C, T, H, W) -> (B * T, C, H, W); a view in channels_last_3d memory."""
-    return x.transpose(1, 2).flatten(0, 1)
+    """(B, C, T, H, W) -> (B * T, C, H, W); a view."""
+    return x.movedim(1, -1).flatten(0, 1).movedim(-1, 1)
 
 
 def unfold_frames(x: Tensor, num_frames: int) -> Tensor:
     """(B * T, C, H, W) -> (B, C, T, H, W); a view."""
-    return x.unflatten(0, (-1, num_frames)).transpose(1, 2)
+    return x.movedim(1, -1).unflatten(0, (-1, num_frames)).movedim(-1, 1)
+
+
+def join_frames(pieces: Sequence[Tensor]) -> Tensor:
+    """Concatenates (B, C, T_i, H, W) in time."""
+    if len(pieces) == 1:
+        return pieces[0]
+    return torch.cat([piece.movedim(1, -1) for piece in pieces], dim=1).movedim(-1, 1)
 
 
 class SpaceTimeConv(nn.Conv3d):
@@ -64,7 +81,7 @@ class SpaceTimeConv(nn.Conv3d):
 
     Padding in time costs no memory and no arithmetic: an output frame whose window leaves the clip is computed
     from the frames that exist, with the taps that would read the same frame summed. A clip of one frame thereby
-    becomes a 2D convolution. Summing three taps costs less than 2 % of the smallest convolution here, so it is done in
+    becomes a 2D convolution. Summing costs about 1 % of the smallest image that is worth encoding, so it is done in
     each call and can never be stale.
 
     (B, in, T, H, W) -> (B, out, T', H', W') with T' = (T + before + after - 3) // time stride + 1.
@@ -77,24 +94,29 @@ class SpaceTimeConv(nn.Conv3d):
         self.edges = padding
         self.time_stride, self.space_stride = stride
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, outputs: slice = slice(None)) -> Tensor:
+        """`outputs` selects output channels, so that a caller need not compute what it would throw away."""
+        weight, bias = self.weight[outputs], None if self.bias is None else self.bias[outputs]
         x = self._pad_space(x)
         num_frames = x.shape[2]
+        if self.in_channels <= NARROW_CHANNELS:
+            return self._conv_stacked(x, weight, bias)
         if self.edges.time_mode == "zeros" and num_frames > 1:
-            return self._conv(x, self.weight, self.bias, time_padding=self.edges.time_before)
+            return self._conv(x, weight, bias, time_padding=self.edges.time_before)
         begin, end, num_out = self._interior(num_frames)
-        pieces = [self.frame(x, index) for index in range(begin)]
+        pieces = [self._edge_frame(x, index, weight, bias) for index in range(begin)]
         if end > begin:
             first = begin * self.time_stride - self.edges.time_before
-            pieces.append(self._conv(x[:, :, first:], self.weight, self.bias))
-        pieces += [self.frame(x, index) for index in range(end, num_out)]
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
+            pieces.append(self._conv(x[:, :, first:], weight, bias))
+        pieces += [self._edge_frame(x, index, weight, bias) for index in range(end, num_out)]
+        return join_frames(pieces)
 
-    def frame(self, x: Tensor, index: int) -> Tensor:
+    def _edge_frame(self, x: Tensor, index: int, weight: Tensor, bias: Tensor | None) -> Tensor:
         """One output frame at the edge of a clip, from input already padded in space: (B, out, 1, H', W')."""
         plan = plan_taps(index, x.shape[2], self.time_stride, self.edges)
-        weight = torch.stack([self.weight[:, :, list(taps)].sum(2) for taps in plan.taps], dim=2)
-        return self._conv(x[:, :, plan.first : plan.first + len(plan.taps)], weight, self.bias)
+        # Slices, not an index tensor: summing those took eight times as long.
+        summed = [sum((weight[:, :, tap] for tap in taps[1:]), weight[:, :, taps[0]]) for taps in plan.taps]
+        return self._conv(x[:, :, plan.first : plan.first + len(summed)], torch.stack(summed, dim=2), bias)
 
     def _interior(self, num_frames: int) -> tuple[int, int, int]:
         """The output frames [begin, end) whose windows lie inside the clip, and the number of all outputs."""
@@ -104,6 +126,11 @@ class SpaceTimeConv(nn.Conv3d):
         end = (num_frames - KERNEL + edges.time_before) // stride + 1
         return begin, max(end, begin), num_out
 
+    @property
+    def _space_padding(self) -> int:
+        """Pixels of zeros that the convolution itself has to add on every side."""
+        return 0 if self.edges.right_bottom_only or self.edges.space_mode == "replicate" else 1
+
     def _pad_space(self, x: Tensor) -> Tensor:
         if self.edges.right_bottom_only:
             return F.pad(x, (0, 1, 0, 1))
@@ -112,13 +139,22 @@ class SpaceTimeConv(nn.Conv3d):
         return x
 
     def _conv(self, x: Tensor, weight: Tensor, bias: Tensor | None, time_padding: int = 0) -> Tensor:
-        is_padded = self.edges.right_bottom_only or self.edges.space_mode == "replicate"
-        space_padding = 0 if is_padded else 1
+        padding = self._space_padding
         if weight.shape[2] == 1:
-            frames = F.conv2d(fold_frames(x), weight[:, :, 0], bias, self.space_stride, space_padding)
-            return unfold_frames(frames, x.shape[2])
+            frames = F.conv2d(fold_frames(x), weight[:, :, 0], bias, self.space_stride, padding)
+            return to_channels_last(unfold_frames(frames, x.shape[2]))
         stride = (self.time_stride, self.space_stride, self.space_stride)
-        return F.conv3d(x, weight, bias, stride, (time_padding, space_padding, space_padding))
+        return to_channels_last(F.conv3d(x, weight, bias, stride, (time_padding, padding, padding)))
+
+    def _conv_stacked(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """One 2D convolution of 3 in channels; for few channels much faster, as torch then has no good 3D kernel."""
+        mode = "replicate" if self.edges.time_mode == "replicate" else "constant"
+        x = F.pad(x, (0, 0, 0, 0, self.edges.time_before, self.edges.time_after), mode=mode)
+        windows = x.unfold(2, KERNEL, self.time_stride)  # (B, in, T', H, W, 3)
+        num_out = windows.shape[2]
+        frames = windows.permute(0, 2, 3, 4, 1, 5).flatten(4).flatten(0, 1).movedim(-1, 1)
+        frames = F.conv2d(frames, weight.flatten(1, 2), bias, self.space_stride, self._space_padding)
+        return to_channels_last(unfold_frames(frames, num_out))
 
 
 class FrameConv(nn.Conv2d):
@@ -128,7 +164,7 @@ class FrameConv(nn.Conv2d):
         super().__init__(in_channels, out_channels, KERNEL, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return unfold_frames(super().forward(fold_frames(x)), x.shape[2])
+        return to_channels_last(unfold_frames(super().forward(fold_frames(x)), x.shape[2]))
 
 
 class PointwiseLinear(nn.Module):
@@ -243,11 +279,11 @@ class Upsample(nn.Module):
         self.conv = SpaceTimeConv(channels, channels * (1 + doubles_time), padding=padding)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.interpolate(x, scale_factor=(1.0, 2.0, 2.0), mode="nearest")
-        x = self.conv(x)
+        num_frames = x.shape[2]
+        x = unfold_frames(F.interpolate(fold_frames(x), scale_factor=2.0, mode="nearest"), num_frames)
         if not self.doubles_time:
-            return x
-        B, C, T, H, W = x.shape
-        # (B, 2 C, T, H, W) -> (B, C, T, 2, H, W): phases next to their frame, then one axis of time.
-        x = x.view(B, 2, C // 2, T, H, W).permute(0, 2, 3, 1, 4, 5).reshape(B, C // 2, 2 * T, H, W)
-        return x[:, :, 1:]
+            return self.conv(x)
+        if num_frames == 1:
+            return self.conv(x, outputs=slice(self.conv.out_channels // 2, None))
+        phases = self.conv(x).movedim(1, -1).unflatten(-1, (2, -1))  # (B, T, H, W, 2, C)
+        return phases.movedim(4, 2).flatten(1, 2)[:, 1:].movedim(-1, 1)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from cvvae.config import NUM_LEVELS, SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION, CVVAEConfig
-from cvvae.layers import Attention, Padding, ResidualBlock, SpaceTimeConv, Upsample, norm_silu
+from cvvae.layers import Attention, Padding, ResidualBlock, SpaceTimeConv, Upsample, norm_silu, to_channels_last
 from cvvae.tiling import Span, plan_chunks, plan_tiles, run_tiles
 
 LOGVAR_RANGE = (-30.0, 20.0)
@@ -379,7 +379,7 @@ class CVVAE(nn.Module):
         return run_tiles(decode_tile, *plan, self.tile_overlap_px, self.tile_size_px - self.tile_overlap_px)
 
     def _run(self, half: nn.Module, x: Tensor) -> Tensor:
-        out: Tensor = half(x.contiguous(memory_format=torch.channels_last_3d))
+        out: Tensor = half(to_channels_last(x))
         return out
 
     def _as_clips(self, x: Tensor, channels: int, name: str) -> Tensor:

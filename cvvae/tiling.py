@@ -9,7 +9,7 @@ Tensor letters: B batch, C channels, T H W time, height and width of whatever is
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -38,55 +38,52 @@ def plan_chunks(num_latents: int, chunk_latents: int | None) -> list[Span]:
 
 
 def plan_tiles(num_latents: int, tile_latents: int, overlap_latents: int) -> list[Span]:
-    """Spatial tiles along one side, in latents.
+    """Spatial tiles along one side, in latents: one every stride, until one reaches the end.
 
-    As published a tile begins at every multiple of the stride, so the last one may lie wholly inside its
-    neighbour; it still takes part in the blend.
+    Every tile but the first is therefore longer than the overlap. One tile only where the whole side fits in.
     """
     stride = tile_latents - overlap_latents
-    return [Span(start, min(start + tile_latents, num_latents)) for start in range(0, num_latents, stride)]
+    starts = range(0, max(num_latents - overlap_latents, 1), stride)
+    return [Span(start, min(start + tile_latents, num_latents)) for start in starts]
 
 
 def blend(before: Tensor, piece: Tensor, overlap: int, dim: int) -> None:
-    """Ramps the first `overlap` rows (or columns) of `piece` from the end of `before`, in place.
+    """Replaces the first `overlap` rows (or columns) of `piece` by a ramp from the end of `before`, in place.
 
-    Row i becomes before * (1 - i / overlap) + piece * i / overlap; a piece that lies wholly inside the overlap,
-    as the last tile may, never reaches full weight (so it is in the published model).
+    Row i becomes before * (1 - i / overlap) + piece * i / overlap.
     """
-    n = min(overlap, before.shape[dim], piece.shape[dim])
-    if n == 0:
-        return
     shape = [1] * piece.dim()
-    shape[dim] = n
-    ramp = (torch.arange(n, device=piece.device, dtype=torch.float32) / overlap).to(piece.dtype).view(shape)
-    head = piece.narrow(dim, 0, n)
-    tail = before.narrow(dim, before.shape[dim] - n, n)
-    head.copy_(tail * (1 - ramp) + head * ramp)
+    shape[dim] = overlap
+    ramp = (torch.arange(overlap, device=piece.device, dtype=torch.float32) / overlap).to(piece.dtype).view(shape)
+    head = piece.narrow(dim, 0, overlap)
+    tail = before.narrow(dim, before.shape[dim] - overlap, overlap)
+    head.copy_(torch.lerp(tail, head, ramp))
 
 
 def run_tiles(
-    run: Callable[[Span, Span], Tensor], rows: list[Span], columns: list[Span], overlap: int, stride: int
+    run: Callable[[Span, Span], Tensor], rows: Sequence[Span], columns: Sequence[Span], overlap: int, stride: int
 ) -> Tensor:
-    """Runs every tile and joins the results, vertical blend first, then horizontal.
+    """Runs every tile and joins the results, vertical blend first, then horizontal, as published.
 
     Args:
         run: maps a row span and a column span to that tile's result (B, C, T, H, W).
+        rows: spans from `plan_tiles`.
+        columns: spans from `plan_tiles`.
         overlap: overlap of two results, in their own units.
         stride: distance between the beginnings of two results, in their own units.
     """
     bands: list[Tensor] = []
     above: list[Tensor] = []
     for row in rows:
-        current: list[Tensor] = []
+        band: list[Tensor] = []
         for index, column in enumerate(columns):
             tile = run(row, column)
             if above:
                 blend(above[index], tile, overlap, dim=3)
-            if current:
-                blend(current[-1], tile, overlap, dim=4)
-            current.append(tile)
-        bands.append(torch.cat([tile[..., :stride, :stride] for tile in current], dim=4))
-        above = current
-    # What lies beyond the stride in the last row and column repeats its neighbours only where a further tile
-    # exists; range() in the plan always makes that tile, so cutting at the stride loses nothing.
+            if band:
+                blend(band[-1], tile, overlap, dim=4)
+            band.append(tile)
+        height = stride if row is not rows[-1] else band[0].shape[3]
+        bands.append(torch.cat([tile[:, :, :, :height, :stride] for tile in band[:-1]] + [band[-1][:, :, :, :height]], 4))
+        above = band
     return torch.cat(bands, dim=3)
