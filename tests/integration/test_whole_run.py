@@ -125,11 +125,9 @@ def test_killing_a_decode_child_and_an_actor_leaves_the_same_bytes(
 ) -> None:
     output = tmp_path / "latents"
     with RunningJob([*_flags(shards, output), "--num-actors", "1"], ray_home) as job:
-        job.wait_until(lambda: bool(job.find("decode_child")), "a decode child was there")
-        job.find("decode_child")[0].kill()
+        job.wait_until(lambda: _kill_one(job.find("decode_child")), "a decode child was there")
         job.wait_until(lambda: bool(list(output.glob("commits/*/*.json"))), "the first commit was there")
-        for actor in job.find("ray::EncodeActor"):
-            actor.kill()
+        job.wait_until(lambda: _kill_one(job.find("ray::EncodeActor")), "an actor was there")
         outcome = job.end()
     assert outcome.code == 0, outcome.said
     assert outcome.result["num_records"] == len(MEDIA)
@@ -164,6 +162,14 @@ def test_a_driver_that_is_stopped_goes_on_with_the_same_bytes(
     assert outcome.code == 0, outcome.said
     assert outcome.result["num_shards_done_before"] == num_before
     assert data_digests(str(output)) == data_digests(str(undisturbed[0]))
+
+
+def _kill_one(processes: list[psutil.Process]) -> bool:
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+            return True
+    return False
 
 
 def _is_alive(process: psutil.Process) -> bool:
