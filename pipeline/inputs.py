@@ -38,6 +38,7 @@ COMPRESSIONS: Mapping[str, Literal["none", "gzip", "zstd"]] = {
 _BLOCK_BYTES = 512
 _READ_BYTES = 1 << 20
 _LONGEST_NAME = 200
+_DEEPEST_JSON = 64
 _LONGEST_EXTENSION_BYTES = 1 << 20
 # Media hardly compress, so an archive that swells more than this is made to fill disks. The first part is free:
 # a small archive of texts may well compress a thousandfold.
@@ -71,6 +72,31 @@ def key_problem(key: str) -> str | None:
     if key.startswith("/") or "\\" in key or any(part in ("", ".", "..") for part in key.split("/")):
         return "it is absolute, leads out of its folder, or has a backslash"
     return None
+
+
+def parse_object(data: bytes) -> dict[str, object]:
+    """The JSON object that a sidecar or a row holds.
+
+    Raises:
+        RejectionError: reason `bad_metadata`; it does not parse, is no object, or is nested so deeply that whoever
+            writes it again would fail.
+    """
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise RejectionError("bad_metadata", f"the JSON does not parse: {error}") from error
+    if not isinstance(value, dict):
+        raise RejectionError("bad_metadata", f"the JSON holds a {type(value).__name__}, not an object")
+    if _is_deeper(value, _DEEPEST_JSON):
+        raise RejectionError("bad_metadata", f"the JSON is nested more than {_DEEPEST_JSON} levels deep")
+    return value
+
+
+def _is_deeper(value: object, levels: int) -> bool:
+    if not isinstance(value, (dict, list)):
+        return False
+    inner = value.values() if isinstance(value, dict) else value
+    return levels == 0 or any(_is_deeper(v, levels - 1) for v in inner)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -342,14 +368,13 @@ class _StoredBytes(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
-    def read(self, size: int | None = -1, /) -> bytes:
-        assert size, "a stored stream is read in blocks"
+    def read(self, size: int = -1, /) -> bytes:
         try:
             block = self._raw.read(size)
         except OSError as error:
             raise StorageError(f"{self._uri} cannot be read after byte {self.num_bytes_read}: {error}") from error
         self.num_bytes_read += len(block)
-        if not block and self._num_bytes is not None and self.num_bytes_read < self._num_bytes:
+        if size and not block and self._num_bytes is not None and self.num_bytes_read < self._num_bytes:
             raise StorageUnavailableError(
                 f"{self._uri} ended after {self.num_bytes_read} of {self._num_bytes} bytes; trying again is safe"
             )

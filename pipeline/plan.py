@@ -49,6 +49,7 @@ from pipeline.inputs import (
     TarStream,
     extension_of,
     key_problem,
+    parse_object,
     read_slice,
     slice_digest,
     tar_suffix,
@@ -460,11 +461,11 @@ def _json_rows(file: BinaryIO) -> Iterator[dict[str, object] | str]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            yield f"it does not parse as JSON: {error}"
-            continue
-        yield row if isinstance(row, dict) else f"it is a {type(row).__name__}, not an object"
+            row = parse_object(line)
+        except RejectionError as error:
+            yield error.message
+        else:
+            yield row
 
 
 def _csv_options() -> tuple[pyarrow.csv.ReadOptions, pyarrow.csv.ParseOptions]:
@@ -537,7 +538,11 @@ def _address(value: object, table: str) -> tuple[str, tuple[str, str] | None]:
                 f"{scheme[1]}: addresses are not read, only local files and {allowed}; fetch it first, for example "
                 "with img2dataset or video2dataset",
             )
-    return (uri, None) if _is_plain(uri) else ("", ("not_allowed", f"{_short(value)} is not a plain path of a file"))
+    if _is_plain(uri):
+        return uri, None
+    # Not shown, because it may hold a password.
+    form = "scheme://bucket/path" if "://" in uri else "path"
+    return "", ("not_allowed", f"the cell is not the plain {form} of a file")
 
 
 def _is_plain(uri: str) -> bool:
@@ -590,10 +595,9 @@ def _fields_in_slice(planned: Slice) -> list[dict[str, object]]:
 
 def _objects(data: bytes) -> list[dict[str, object]]:
     try:
-        value = json.loads(data)
-    except (ValueError, RecursionError):
+        return [parse_object(data)]
+    except RejectionError:
         return []
-    return [value] if isinstance(value, dict) else []
 
 
 def _kinds_of(samples: Iterable[Mapping[str, object]]) -> dict[str, str]:

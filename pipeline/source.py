@@ -38,6 +38,7 @@ from pipeline.inputs import (
     TarStream,
     extension_of,
     key_problem,
+    parse_object,
     read_slice,
 )
 from pipeline.records import ClipFailure, ShardSpec, SourceVideo
@@ -207,7 +208,7 @@ def _finish(
         if sample.problem is not None:
             raise sample.problem
         media = _chosen(sample)
-        fields = _fields_of(sample.texts["json"]) if "json" in sample.texts else {}
+        fields = parse_object(sample.texts["json"]) if "json" in sample.texts else {}
         if fields.get("key") == sample.key:
             del fields["key"]
         return _video(
@@ -253,7 +254,7 @@ def _slice_videos(
         try:
             for number, entry in enumerate(entries):
                 is_first = first_with_key[entry.key] == number
-                opened.append(pool.submit(_open_entry, entry, is_first, caption_column, max_file_bytes))
+                opened.append(pool.submit(_open_entry, entry, spec, is_first, caption_column, max_file_bytes))
                 if len(opened) == _FILES_AHEAD:
                     yield opened.popleft().result()
             while opened:
@@ -272,7 +273,7 @@ def _close_unused(future: Future[SourceVideo | ClipFailure]) -> None:
 
 
 def _open_entry(
-    entry: SliceEntry, is_first: bool, caption_column: str, max_file_bytes: int
+    entry: SliceEntry, spec: ShardSpec, is_first: bool, caption_column: str, max_file_bytes: int
 ) -> SourceVideo | ClipFailure:
     media: _Media | None = None
     try:
@@ -286,7 +287,7 @@ def _open_entry(
         media = _open_media(entry.uri, max_file_bytes)
         fields = dict(entry.fields)
         if entry.json_uri is not None:
-            fields = _fields_of(_text(entry.json_uri))
+            fields = parse_object(_text(entry.json_uri))
         return _video(
             key=entry.key,
             media=media,
@@ -298,7 +299,7 @@ def _open_entry(
             source_uri=entry.uri,
         )
     except RejectionError as error:
-        return _failure(entry.key, error.reason, error.message, entry.uri)
+        return _failure(entry.key, error.reason, error.message, entry.uri or spec.source_uri)
     except StorageNotFoundError as error:
         return _failure(entry.key, "not_found", str(error), entry.uri)
     finally:
@@ -358,22 +359,12 @@ def _video(
     )
 
 
-def _fields_of(data: bytes) -> dict[str, object]:
-    try:
-        fields = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise RejectionError("bad_metadata", f"the JSON does not parse: {error}") from error
-    if not isinstance(fields, dict):
-        raise RejectionError("bad_metadata", f"the JSON holds a {type(fields).__name__}, not an object")
-    return fields
-
-
 def _take_caption(txt: bytes | None, fields: dict[str, object], caption_column: str) -> str:
     """The caption, out of `fields` if it came from there or says the same."""
     try:
-        caption = txt.decode("utf-8") if txt is not None else None
+        caption = txt.decode("utf-8") if txt is not None else ""
         given = fields.get(caption_column)
-        if given is not None and (caption is None or caption_column != _DEFAULT_CAPTION_COLUMN):
+        if given is not None and (not caption or caption_column != _DEFAULT_CAPTION_COLUMN):
             if isinstance(given, (list, dict)):
                 raise RejectionError(
                     "bad_caption", f"the field {caption_column!r} holds a {type(given).__name__}, not a text"
@@ -386,7 +377,6 @@ def _take_caption(txt: bytes | None, fields: dict[str, object], caption_column: 
         raise RejectionError(
             "bad_caption", f"the caption is no Unicode text: {error.reason} at character {error.start}"
         ) from error
-    caption = caption if caption is not None else ""
     if fields.get(caption_column) in (None, caption):
         fields.pop(caption_column, None)
     return caption

@@ -1,0 +1,479 @@
+"""An input is cut the same way by whoever plans, and what was cut is never cut again."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+import re
+import shutil
+import threading
+from collections.abc import Callable
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from builders import CLIP_STILLS, CLIP_VIDEOS, clip_members, pack_clips, tar_bytes
+from conftest import SeaweedFS
+
+from pipeline.config import SourceConfig
+from pipeline.errors import StorageNotFoundError, UsageError
+from pipeline.inputs import Slice, SliceEntry, read_slice
+from pipeline.plan import infer_passthrough, plan_shards
+from pipeline.records import ShardSpec
+from pipeline.storage import ObjectStore, open_store
+
+
+def config(uri: Path | str, **more: Any) -> SourceConfig:
+    return SourceConfig(input=str(uri), **more)
+
+
+def output(tmp_path: Path) -> ObjectStore:
+    return open_store(str(tmp_path / "output"))
+
+
+def touch(folder: Path, *names: str) -> Path:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"bytes")
+    return folder
+
+
+def entries_of(store: ObjectStore, specs: list[ShardSpec]) -> list[SliceEntry]:
+    return [entry for spec in specs for entry in read_slice(store, spec).entries]
+
+
+def keys_of(store: ObjectStore, specs: list[ShardSpec]) -> list[list[str]]:
+    return [[entry.key for entry in read_slice(store, spec).entries] for spec in specs]
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def stored(store: ObjectStore) -> dict[str, bytes]:
+    return {info.key: store.get(info.key) for info in store.list("")}
+
+
+def test_each_tar_is_a_shard_named_after_it(tmp_path: Path) -> None:
+    tars = pack_clips(tmp_path / "in", 3)
+    store = output(tmp_path)
+    specs = plan_shards(config(tmp_path / "in"), store)
+    assert specs == [
+        ShardSpec(
+            shard_id=f"0000{i}-{hashlib.sha256(str(tar).encode()).hexdigest()[:8]}",
+            source_uri=str(tar),
+            kind="tar",
+            plan_key=None,
+            source_size_bytes=tar.stat().st_size,
+            source_etag=None,
+            num_videos=None,
+        )
+        for i, tar in enumerate(tars)
+    ]
+    assert plan_shards(config(f"{tmp_path}/in/*.tar"), store) == specs
+    assert plan_shards(config(f"file://{tmp_path}/in"), store) == specs
+    assert plan_shards(config(tars[1]), store) == specs[1:2]
+    assert stored(store) == {}
+
+
+def test_a_relative_input_means_the_same_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    touch(tmp_path / "in", "a.mp4")
+    pack_clips(tmp_path / "tars", 2)
+    monkeypatch.chdir(tmp_path)
+    for name in ("in", "tars"):
+        there = plan_shards(config(tmp_path / name), output(tmp_path))
+        assert plan_shards(config(name), output(tmp_path)) == there
+        assert plan_shards(config(f"./{name}/"), output(tmp_path)) == there
+
+
+def test_what_img2dataset_leaves_beside_its_tars_is_no_input(tmp_path: Path) -> None:
+    pack_clips(tmp_path / "in", 2)
+    touch(tmp_path / "in", "00000.parquet", "00000_stats.json", "00001.parquet", "00001_stats.json", ".hidden/a.mp4")
+    assert [spec.kind for spec in plan_shards(config(tmp_path / "in"), output(tmp_path))] == ["tar", "tar"]
+
+
+def test_what_img2dataset_leaves_beside_its_folders_is_no_input(tmp_path: Path) -> None:
+    touch(tmp_path / "in", "00000.parquet", "00000_stats.json", "00000/000000000.jpg", "00000/000000000.txt")
+    store = output(tmp_path)
+    (entry,) = entries_of(store, plan_shards(config(tmp_path / "in"), store))
+    assert (entry.key, entry.txt_uri) == ("00000/000000000", f"{tmp_path}/in/00000/000000000.txt")
+
+
+def test_stems_that_are_no_plain_names_still_make_shard_ids(tmp_path: Path) -> None:
+    touch(tmp_path / "in", "a b/c.d?.tar", "a b/\u732b.tar.gz", f"{'x' * 200}.tgz")
+    ids = [spec.shard_id for spec in plan_shards(config(tmp_path / "in"), output(tmp_path))]
+    assert all(re.fullmatch(r"(c_d|shard|x{80})-[0-9a-f]{8}", shard_id) for shard_id in ids), ids
+    assert len(set(ids)) == 3
+
+
+def test_a_folder_is_cut_into_slices_of_the_asked_size_in_the_order_of_names(tmp_path: Path) -> None:
+    names = [f"{folder}/{i:02d}.mp4" for folder in "ba" for i in range(5)]
+    touch(tmp_path / "in", *names, "a/00.txt", "a/01.json", "a/notes.md", "b/other.txt")
+    store = output(tmp_path)
+    specs = plan_shards(config(tmp_path / "in", samples_per_shard=4), store)
+    assert keys_of(store, specs) == [
+        ["a/00", "a/01", "a/02", "a/03"],
+        ["a/04", "b/00", "b/01", "b/02"],
+        ["b/03", "b/04"],
+    ]
+    assert [spec.num_videos for spec in specs] == [4, 4, 2]
+    assert [spec.source_uri for spec in specs] == [f"{tmp_path}/in#slice={i}" for i in range(3)]
+    assert [spec.shard_id.rpartition("-")[0] for spec in specs] == ["in-00000", "in-00001", "in-00002"]
+    first, second = entries_of(store, specs)[:2]
+    assert (first.txt_uri, first.json_uri) == (f"{tmp_path}/in/a/00.txt", None)
+    assert (second.txt_uri, second.json_uri) == (None, f"{tmp_path}/in/a/01.json")
+
+
+def test_without_a_size_a_slice_takes_64_videos_or_1000_images(tmp_path: Path) -> None:
+    rows = [{"url": f"/v/{i}.mp4"} for i in range(65)] + [{"url": f"/i/{i}.jpg"} for i in range(2000)]
+    specs = plan_shards(config(write_rows(tmp_path / "t.jsonl", rows)), output(tmp_path))
+    assert [spec.num_videos for spec in specs] == [64, 985, 1000, 16]
+
+
+def test_files_of_one_name_are_told_apart_and_a_picture_beside_a_video_is_its_poster(tmp_path: Path) -> None:
+    touch(tmp_path / "in", "a.mp4", "a.jpg", "a.txt", "b.mp4", "b.webm", "b.txt", "c.png", "c.jpg")
+    store = output(tmp_path)
+    entries = entries_of(store, plan_shards(config(tmp_path / "in"), store))
+    assert [entry.key for entry in entries] == ["a", "b.mp4", "b.webm", "c.jpg", "c.png"]
+    assert [entry.txt_uri for entry in entries[:3]] == [f"{tmp_path}/in/{name}.txt" for name in "abb"]
+
+
+def test_planning_again_changes_nothing(tmp_path: Path) -> None:
+    touch(tmp_path / "in", *(f"{i}.mp4" for i in range(10)))
+    store = output(tmp_path)
+    specs = plan_shards(config(tmp_path / "in", samples_per_shard=3), store)
+    before = stored(store)
+    assert plan_shards(config(tmp_path / "in", samples_per_shard=5), store) == specs
+    assert stored(store) == before
+
+
+def test_a_dry_run_plans_alike_and_writes_nothing(tmp_path: Path) -> None:
+    touch(tmp_path / "in", *(f"{i}.mp4" for i in range(10)))
+    store = output(tmp_path)
+    source = config(tmp_path / "in", samples_per_shard=3)
+    planned = plan_shards(source, store, write=False)
+    assert not (tmp_path / "output").exists()
+    assert plan_shards(source, store) == planned
+
+
+def test_files_that_appear_later_form_new_slices(tmp_path: Path) -> None:
+    folder = touch(tmp_path / "in", "b.mp4", "d.mp4", "f.mp4")
+    store = output(tmp_path)
+    source = config(folder, samples_per_shard=2)
+    first = plan_shards(source, store)
+    touch(folder, "a.mp4", "c.mp4", "e.mp4")
+    (folder / "d.mp4").unlink()
+    second = plan_shards(source, store)
+    assert second[:2] == first
+    assert keys_of(store, second) == [["b", "d"], ["f"], ["a", "c"], ["e"]]
+    assert plan_shards(source, store) == second
+
+
+def test_rows_that_are_added_to_a_table_form_new_slices(tmp_path: Path) -> None:
+    rows = [{"url": f"{i}.mp4", "n": i} for i in range(7)]
+    table = write_rows(tmp_path / "t.jsonl", rows[:3])
+    store = output(tmp_path)
+    source = config(table, samples_per_shard=2)
+    first = plan_shards(source, store)
+    write_rows(table, rows)
+    second = plan_shards(source, store)
+    assert second[:2] == first
+    assert keys_of(store, second) == [
+        ["00000000", "00000001"],
+        ["00000002"],
+        ["00000003", "00000004"],
+        ["00000005", "00000006"],
+    ]
+
+
+@pytest.mark.parametrize("change", ["other", "fewer"])
+def test_a_table_whose_planned_rows_changed_is_refused(tmp_path: Path, change: str) -> None:
+    rows = [{"url": f"{i}.mp4"} for i in range(4)]
+    table = write_rows(tmp_path / "t.jsonl", rows)
+    store = output(tmp_path)
+    plan_shards(config(table), store)
+    write_rows(table, [{"url": "x.mp4"}, *rows[1:], {"url": "y.mp4"}] if change == "other" else rows[:3])
+    with pytest.raises(UsageError, match="rows may be added at the end only"):
+        plan_shards(config(table), store)
+
+
+def test_another_uri_column_for_a_planned_table_is_refused(tmp_path: Path) -> None:
+    table = write_rows(tmp_path / "t.jsonl", [{"url": "a.mp4", "path": "b.mp4"}])
+    store = output(tmp_path)
+    plan_shards(config(table), store)
+    with pytest.raises(UsageError, match="'url', not 'path'"):
+        plan_shards(config(table, uri_column="path"), store)
+
+
+def test_drivers_that_race_agree_on_every_slice(tmp_path: Path, store: ObjectStore) -> None:
+    folder = touch(tmp_path / "in", *(f"{i:02d}.mp4" for i in range(10)))
+    plans: list[list[ShardSpec]] = []
+    start = threading.Barrier(4)
+
+    def drive(samples_per_shard: int) -> None:
+        start.wait()
+        plans.append(plan_shards(config(folder, samples_per_shard=samples_per_shard), store))
+
+    threads = [threading.Thread(target=drive, args=(n,)) for n in (2, 2, 3, 3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(plans) == 4
+    assert all(plan == plans[0] for plan in plans)
+    assert sorted(key for keys in keys_of(store, plans[0]) for key in keys) == [f"{i:02d}" for i in range(10)]
+
+
+def test_the_driver_that_comes_second_plans_what_the_first_did_not_see(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = touch(tmp_path / "in", "a.mp4", "b.mp4", "c.mp4")
+    store = output(tmp_path)
+    put = store.put_if_absent
+    rivals: list[list[ShardSpec]] = []
+
+    def put_after_a_rival(key: str, data: bytes) -> None:
+        if "round" in key and not rivals:
+            (folder / "c.mp4").rename(tmp_path / "c.mp4")
+            rivals.append(plan_shards(config(folder), output(tmp_path)))
+        put(key, data)
+
+    monkeypatch.setattr(store, "put_if_absent", put_after_a_rival)
+    second = plan_shards(config(folder), store)
+    assert second[:1] == rivals[0]
+    assert keys_of(store, second) == [["a", "b"], ["c"]]
+
+
+@pytest.mark.parametrize("extension", ["parquet", "csv", "jsonl"])
+def test_a_table_gives_its_rows_with_all_columns(tmp_path: Path, extension: str) -> None:
+    rows = [
+        {"key": f"k{i}", "url": f"videos/{i}.mp4", "caption": f'say "{i}",\nor not \u732b', "score": i / 2, "n": i}
+        for i in range(3)
+    ]
+    path = tmp_path / f"table.{extension}"
+    if extension == "parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    elif extension == "csv":
+        quoted = [",".join('"' + str(value).replace('"', '""') + '"' for value in row.values()) for row in rows]
+        path.write_text("\n".join([",".join(rows[0]), *quoted]), encoding="utf-8")
+    else:
+        write_rows(path, rows)
+    store = output(tmp_path)
+    specs = plan_shards(config(path), store)
+    entries = entries_of(store, specs)
+    assert [entry.key for entry in entries] == ["k0", "k1", "k2"]
+    assert [entry.uri for entry in entries] == [f"{tmp_path}/videos/{i}.mp4" for i in range(3)]
+    expected = [{name: value for name, value in row.items() if name != "key"} for row in rows]
+    if extension == "csv":
+        expected = [{name: str(value) for name, value in row.items()} for row in expected]
+    assert [entry.fields for entry in entries] == expected
+    types = {"url": "string", "score": "float64", "n": "int64"}
+    text_only = dict.fromkeys(types, "string")
+    inferred = infer_passthrough(config(path), "caption", specs, store)
+    assert inferred == (text_only if extension == "csv" else types)
+
+
+def test_every_type_of_a_parquet_column_is_kept_or_left_out_on_purpose(tmp_path: Path) -> None:
+    noon = datetime.datetime(2024, 5, 6, 12, tzinfo=datetime.timezone.utc)
+    columns = {
+        "url": pa.array(["a.mp4", "b.mp4"]),
+        "flag": pa.array([True, None]),
+        "small": pa.array([1, None], pa.int8()),
+        "half": pa.array([0.5, None], pa.float16()),
+        "label": pa.array(["x", "y"]).dictionary_encode(),
+        "large": pa.array(["x", None], pa.large_string()),
+        "when": pa.array([noon, None], pa.timestamp("ns", "UTC")),
+        "day": pa.array([noon.date(), None]),
+        "price": pa.array([Decimal("1.50"), None]),
+        "embedding": pa.array([[1.5, 2.5], None]),
+        "nested": pa.array([{"at": noon, "n": 1}, None]),
+        "nothing": pa.nulls(2),
+        "jpg": pa.array([b"\xff\xd8", None]),
+    }
+    pq.write_table(pa.table(columns), tmp_path / "t.parquet")
+    store = output(tmp_path)
+    specs = plan_shards(config(tmp_path / "t.parquet"), store)
+    first, second = (dict(entry.fields) for entry in entries_of(store, specs))
+    assert first == {
+        "url": "a.mp4",
+        "flag": True,
+        "small": 1,
+        "half": 0.5,
+        "label": "x",
+        "large": "x",
+        "when": first["when"],
+        "day": "2024-05-06",
+        "price": "1.50",
+        "embedding": [1.5, 2.5],
+        "nested": first["nested"],
+        "nothing": None,
+    }
+    assert str(first["when"]).startswith("2024-05-06 12:00:00")
+    assert second == {**dict.fromkeys(first), "url": "b.mp4", "label": "y"}
+    strings = dict.fromkeys(("url", "label", "large", "when", "day", "price"), "string")
+    expected = {**strings, "flag": "bool", "small": "int64", "half": "float64"}
+    assert infer_passthrough(config(tmp_path / "t.parquet"), "caption", specs, store) == expected
+
+
+@pytest.mark.parametrize("extension", ["parquet", "csv"])
+def test_a_cell_that_is_no_utf8_does_not_stop_the_table(tmp_path: Path, extension: str) -> None:
+    path = tmp_path / f"t.{extension}"
+    captions = [b"good", b"caf\xe9"]
+    if extension == "csv":
+        path.write_bytes(b"url,caption\n" + b"".join(b"a.mp4,%s\n" % caption for caption in captions))
+    else:
+        text = pa.Array.from_buffers(pa.string(), 2, pa.array(captions).buffers())
+        pq.write_table(pa.table({"url": ["a.mp4", "b.mp4"], "caption": text}), path)
+    store = output(tmp_path)
+    entries = entries_of(store, plan_shards(config(path), store))
+    assert [entry.fields["caption"] for entry in entries] == ["good", "caf\udce9"]
+
+
+def test_passthrough_of_a_tar_is_read_from_its_json(tmp_path: Path) -> None:
+    samples = [
+        {
+            "key": "0",
+            "caption": "a",
+            "n": 1,
+            "score": 1,
+            "tags": ["x"],
+            "mixed": 1,
+            "width": 3,
+            "flag": True,
+            "no": None,
+        },
+        {"key": "1", "caption": "b", "n": 2, "score": 0.5, "mixed": "x", "huge": 2**70, "url": "http://x/", "Key": 1},
+    ]
+    members = [
+        pair for i, s in enumerate(samples) for pair in ((f"{i}.json", json.dumps(s).encode()), (f"{i}.mp4", b""))
+    ]
+    members += [("2.json", b"{"), ("3.json", b"[]")]
+    (tmp_path / "0.tar").write_bytes(tar_bytes(members)[:-1024])
+    store = output(tmp_path)
+    source = config(tmp_path / "0.tar")
+    inferred = infer_passthrough(source, "caption", plan_shards(source, store), store)
+    assert inferred == {
+        "n": "int64",
+        "score": "float64",
+        "source_source_width": "int64",
+        "flag": "bool",
+        "url": "string",
+        "source_Key": "int64",
+    }
+
+
+def test_passthrough_of_a_folder_is_read_from_the_files_beside_the_media(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for path in CLIP_VIDEOS[:2]:
+        for side in (path, path.with_suffix(".json")):
+            shutil.copy(side, folder / side.name)
+    store = output(tmp_path)
+    specs = plan_shards(config(folder), store)
+    assert infer_passthrough(config(folder), "title", specs, store) == dict.fromkeys(
+        ("author", "changes", "license"), "string"
+    )
+    assert infer_passthrough(config(folder), "title", [], store) == {}
+
+
+def test_a_caption_column_that_the_table_lacks_is_wrong_use(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("url,text\na.mp4,b\n", encoding="utf-8")
+    store = output(tmp_path)
+    specs = plan_shards(config(tmp_path / "t.csv"), store)
+    with pytest.raises(UsageError, match="no column 'recaption'; it has text, url"):
+        infer_passthrough(config(tmp_path / "t.csv"), "recaption", specs, store)
+    assert infer_passthrough(config(tmp_path / "t.csv"), "text", specs, store) == {"url": "string"}
+
+
+def test_an_output_inside_the_input_is_not_its_own_input(tmp_path: Path) -> None:
+    pack_clips(tmp_path, 2)
+    touch(tmp_path / "output", "data/ab/x.tar", "plans/y.json")
+    assert len(plan_shards(config(tmp_path), output(tmp_path))) == 2
+    with pytest.raises(UsageError, match="not the output itself"):
+        plan_shards(config(tmp_path / "output"), output(tmp_path))
+
+
+WRONG_INPUTS: dict[str, tuple[Callable[[Path], Path | str], type[Exception], str]] = {
+    "nothing there": (lambda p: p / "nowhere", StorageNotFoundError, "nowhere"),
+    "empty folder": (lambda p: p, StorageNotFoundError, "no file is at"),
+    "empty glob": (lambda p: f"{p}/*.tar", StorageNotFoundError, r"\*\.tar"),
+    "texts only": (lambda p: touch(p, "a.txt", "b.doc"), UsageError, "no tar"),
+    "unknown file": (lambda p: touch(p, "a.doc") / "a.doc", UsageError, "a.doc, and no tar"),
+    "tars and tables": (lambda p: touch(p, "0.tar", "x.csv"), UsageError, "1 tars, for example .*0.tar; 1 tables"),
+    "tables and media": (lambda p: touch(p, "metadata.csv", "a.mp4"), UsageError, "give one kind"),
+    "no such column": (lambda p: _text(p / "t.csv", "path\na.mp4\n"), UsageError, "no column 'url'; it has path"),
+    "no such field": (lambda p: write_rows(p / "t.jsonl", [{"path": "a"}]), UsageError, "no row .* names no file"),
+    "table without rows": (lambda p: _text(p / "t.csv", "url,caption\n"), UsageError, "no rows"),
+    "empty table": (lambda p: _text(p / "t.csv", ""), UsageError, "cannot be read as csv"),
+    "ragged table": (lambda p: _text(p / "t.csv", "url,caption\na.mp4\n"), UsageError, "cannot be read as csv"),
+    "no Parquet": (lambda p: _text(p / "t.parquet", "rubbish"), UsageError, "cannot be read as parquet"),
+    "web only": (lambda p: _text(p / "t.csv", "url\nhttps://x/a.mp4\n"), UsageError, "no row .* https.* img2dataset"),
+}
+
+
+def _text(path: Path, text: str) -> Path:
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("case", WRONG_INPUTS, ids=str)
+def test_wrong_input_is_a_message_that_says_what_is_there_and_nothing_is_planned(tmp_path: Path, case: str) -> None:
+    make, error, said = WRONG_INPUTS[case]
+    (tmp_path / "in").mkdir()
+    store = output(tmp_path)
+    with pytest.raises(error, match=said):
+        plan_shards(config(make(tmp_path / "in")), store)
+    assert not [key for key in stored(store) if "round" in key]
+
+
+def test_a_plan_is_plain_json_that_says_what_it_is(tmp_path: Path) -> None:
+    table = write_rows(tmp_path / "t.jsonl", [{"url": "a.mp4", "caption": "\ud800"}])
+    store = output(tmp_path)
+    (spec,) = plan_shards(config(table), store)
+    data = store.get(str(spec.plan_key))
+    assert data.isascii()
+    document = json.loads(data)
+    assert document["source"] == spec.source_uri
+    assert document["entries"] == [
+        {"key": "00000000", "uri": f"{tmp_path}/a.mp4", "fields": {"url": "a.mp4", "caption": "\ud800"}}
+    ]
+    entries = read_slice(store, spec).entries
+    assert Slice(source=spec.source_uri, columns={}, entries=entries).to_bytes() == data
+
+
+def test_inputs_on_s3_are_planned_like_local_ones(s3_env: SeaweedFS) -> None:
+    root = s3_env.root()
+    prefix = root.removeprefix(f"s3://{s3_env.bucket}/")
+    table = b"".join(json.dumps({"url": f"../v/{i}.mp4"}).encode() + b"\n" for i in range(3))
+    tar = tar_bytes(clip_members(CLIP_STILLS[0], "a"))
+    for name, data in {"t/0.tar": tar, "t/1.tar": tar, "v/a.mp4": b"x", "v/b.mp4": b"y", "l/t.jsonl": table}.items():
+        s3_env.client().put_object(Bucket=s3_env.bucket, Key=f"{prefix}/{name}", Body=data)
+    store = open_store(f"{root}/out")
+    tars = plan_shards(config(f"{root}/t"), store)
+    assert [(spec.source_uri, spec.source_size_bytes) for spec in tars] == [
+        (f"{root}/t/0.tar", len(tar)),
+        (f"{root}/t/1.tar", len(tar)),
+    ]
+    assert all(spec.source_etag == hashlib.md5(tar).hexdigest() for spec in tars)
+    assert infer_passthrough(config(f"{root}/t"), "caption", tars, store)["title"] == "string"
+    videos = plan_shards(config(f"{root}/v/*.mp4"), store)
+    assert keys_of(store, videos) == [["a", "b"]]
+    rows = plan_shards(config(f"{root}/l/t.jsonl", samples_per_shard=2), store)
+    assert [entry.uri for entry in entries_of(store, rows)] == [f"{root}/v/{i}.mp4" for i in range(3)]
+    assert plan_shards(config(f"{root}/l/t.jsonl", samples_per_shard=2), store) == rows
+    with pytest.raises(StorageNotFoundError):
+        plan_shards(config(f"{root}/nothing"), store)
+    with pytest.raises(StorageNotFoundError):
+        plan_shards(config("s3://no-such-bucket/tars"), store)
+
+
+def test_two_inputs_with_one_shard_id_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    touch(tmp_path / "in", "x/0.tar", "y/0.tar")
+    monkeypatch.setattr("pipeline.plan._shard_id", lambda stem, uri: stem)
+    with pytest.raises(UsageError, match=r"x/0\.tar and .*y/0\.tar lead to the same shard id"):
+        plan_shards(config(tmp_path / "in"), output(tmp_path))
