@@ -201,7 +201,7 @@ def _read_safetensors(path: Path, dtype: torch.dtype) -> dict[str, Tensor]:
     try:
         # One tensor at a time: a file of another type is never in memory twice.
         with safe_open(path, framework="pt") as reader:
-            for key in reader.keys():  # noqa: SIM118: not a mapping
+            for key in reader.keys():  # noqa: SIM118 (the reader is no mapping and cannot be iterated)
                 tensors[key] = reader.get_tensor(key).to(dtype)
     except Exception as error:
         if type(error).__name__ != "SafetensorError":

@@ -57,10 +57,10 @@ class CVVAEConfig:
     """How the decoder's stride-1 convolutions continue a clip at both ends; the encoder always repeats frame 0."""
     downsample_padding: Literal["right_bottom", "both"] = "right_bottom"
     """Where a downsampling convolution pads; decides floor(H/8) or ceil(H/8) for odd sizes."""
-    chunk_num_frames: int = 16
-    """Stride of temporal chunks; a chunk has one frame more."""
-    tile_size_px: int = 576
-    """Side of a spatial tile; larger frames are tiled."""
+    chunk_num_frames: int | None = 16
+    """Stride of temporal chunks, which have one frame more; None: clips run in one piece."""
+    tile_size_px: int | None = 576
+    """Side of a spatial tile; larger frames are tiled, with None never."""
     tile_overlap_ratio: float = 0.2222
     """Share of a tile that overlaps the next one."""
     scaling_factor: float = 1.0
@@ -86,7 +86,7 @@ class CVVAEConfig:
                 )
         for name, step in (("chunk_num_frames", TEMPORAL_COMPRESSION), ("tile_size_px", SPATIAL_COMPRESSION)):
             value = getattr(self, name)
-            if value < step or value % step:
+            if value is not None and (value < step or value % step):
                 raise ConfigError(f"{name} is {value}: a positive multiple of {step} is needed, one latent step")
         if not 0 <= self.tile_overlap_ratio < 1:
             raise ConfigError(f"tile_overlap_ratio is {self.tile_overlap_ratio}: allowed is 0 <= ratio < 1")
@@ -142,16 +142,6 @@ class CVVAEConfig:
             if getattr(self, name) != getattr(defaults, name):
                 published[name] = getattr(self, name)
         return dict(sorted(published.items()))
-
-    @property
-    def tile_latents(self) -> int:
-        """Side of a spatial tile in latents."""
-        return self.tile_size_px // SPATIAL_COMPRESSION
-
-    @property
-    def tile_overlap_latents(self) -> int:
-        """Overlap of two spatial tiles in latents (published: 16, which is 128 px)."""
-        return round(self.tile_overlap_ratio * self.tile_latents)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,6 +8,7 @@ Tensor letters: B batch, C channels, T H W frames in pixels, t h w latents: t = 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,17 +65,21 @@ class DecoderOutput:
 
 
 class Level(nn.Module):
-    """Residual blocks of one width, then a change of resolution (none at the end of a half)."""
+    """Residual blocks of one width, then a change of resolution (none at the end of a half). Only holds them."""
 
     def __init__(self, blocks: list[ResidualBlock], resample: nn.Module | None) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
         self.resample = resample
 
-    def forward(self, x: Tensor) -> Tensor:
-        for block in self.blocks:
-            x = block(x)
-        return x if self.resample is None else self.resample(x)
+
+def layers_in_order(levels: nn.ModuleList) -> list[nn.Module]:
+    """What a half runs; by itself, layer after layer, as calling a level would keep the level's input alive."""
+    layers: list[nn.Module] = []
+    for level in levels:
+        assert isinstance(level, Level), f"a half consists of levels, found {type(level).__name__}"
+        layers += [*level.blocks, *([] if level.resample is None else [level.resample])]
+    return layers
 
 
 class Middle(nn.Module):
@@ -100,9 +105,7 @@ class Encoder(nn.Module):
 
     def __init__(self, config: CVVAEConfig) -> None:
         super().__init__()
-        padding = Padding(
-            time_before=2, time_after=0, time_mode="replicate", space_mode=config.spatial_padding
-        )
+        padding = Padding(time_before=2, time_after=0, time_mode="replicate", space_mode=config.spatial_padding)
         down_padding = Padding(
             time_before=2,
             time_after=0,
@@ -132,8 +135,8 @@ class Encoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)
-        for level in self.levels:
-            x = level(x)
+        for layer in layers_in_order(self.levels):
+            x = layer(x)
         x = self.middle(x)
         out: Tensor = self.conv_out(norm_silu(self.norm_out, x))
         return out
@@ -147,9 +150,7 @@ class Decoder(nn.Module):
         padding = Padding(
             time_before=1, time_after=1, time_mode=config.decoder_time_padding, space_mode=config.spatial_padding
         )
-        up_padding = Padding(
-            time_before=1, time_after=1, time_mode="replicate", space_mode=config.spatial_padding
-        )
+        up_padding = Padding(time_before=1, time_after=1, time_mode="replicate", space_mode=config.spatial_padding)
         widths = config.block_out_channels[::-1]
         self.conv_in = SpaceTimeConv(config.latent_channels, widths[0], padding=padding)
         has_time = config.decoder_attention == "spatial_temporal"
@@ -171,8 +172,8 @@ class Decoder(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         x = self.middle(self.conv_in(z))
-        for level in self.levels:
-            x = level(x)
+        for layer in layers_in_order(self.levels):
+            x = layer(x)
         out: Tensor = self.conv_out(norm_silu(self.norm_out, x))
         return out
 
@@ -185,13 +186,10 @@ class CVVAE(nn.Module):
     """A video VAE whose latents live in the space of an image VAE.
 
     Source: CV-VAE, arXiv 2405.20279. Clips longer than a chunk and frames larger than a tile are cut as published;
-    set `chunk_num_frames` or `tile_size_px` to other values, or to None to run in one piece.
+    `set_chunking` changes that.
 
     Attributes:
         config: the `CVVAEConfig`, also read as `vae.config` by diffusers pipelines.
-        chunk_num_frames: frames between the beginnings of two chunks, a multiple of 4 (published: 16), or None.
-        tile_size_px: side of a tile, a multiple of 8 (published: 576), or None.
-        tile_overlap_px: overlap of two tiles, a multiple of 8 (published: 128).
         source: where the weights came from.
         revision: commit of the hub repository, or "".
         weights_sha256: SHA-256 of the weights' file, or "" for a model that was not loaded.
@@ -205,9 +203,9 @@ class CVVAE(nn.Module):
         self.config = config
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
-        self.chunk_num_frames: int | None = config.chunk_num_frames
-        self.tile_size_px: int | None = config.tile_size_px
-        self.tile_overlap_px = config.tile_overlap_latents * SPATIAL_COMPRESSION
+        self._tile_latents: int | None = None
+        self._chunk_latents: int | None = None
+        self.set_chunking()
         self.source = ""
         self.revision = ""
         self.weights_sha256 = ""
@@ -261,6 +259,23 @@ class CVVAE(nn.Module):
         num_latents = 1 + (num_frames - 1) // TEMPORAL_COMPRESSION
         return self.latent_channels, num_latents, sides[0], sides[1]
 
+    def set_chunking(self, chunk_frames: int | None = None, tile_px: int | None = None) -> None:
+        """How to cut clips in time and frames in space; both change results slightly, as norms pool over a piece.
+
+        Args:
+            chunk_frames: frames from the beginning of one chunk to that of the next, a multiple of 4; a chunk has one
+                frame more. 0: never cut in time. None: as the model's configuration says (published: 16).
+            tile_px: side of a tile, a multiple of 8; larger frames are tiled. 0: never. None: as the model's
+                configuration says (published: 576, with 128 overlap).
+
+        Raises:
+            ValueError: a value is negative or no such multiple.
+        """
+        chunk_frames = self.config.chunk_num_frames if chunk_frames is None else chunk_frames
+        tile_px = self.config.tile_size_px if tile_px is None else tile_px
+        self._chunk_latents = _whole_latents("chunk_frames", chunk_frames, TEMPORAL_COMPRESSION)
+        self._tile_latents = _whole_latents("tile_px", tile_px, SPATIAL_COMPRESSION)
+
     def encode(self, x: Tensor, return_dict: bool = True) -> EncoderOutput | tuple[LatentDistribution]:
         """The distribution of the latents of clips or images.
 
@@ -276,8 +291,7 @@ class CVVAE(nn.Module):
             ValueError: wrong number of dimensions or channels, T not 1 + 4 k, frames too small, or integer frames.
         """
         clips = self._as_clips(x, self.config.in_channels, "frames")
-        B, _, T, H, W = clips.shape
-        _, num_latents, _, _ = self.latent_shape(T, H, W)
+        _, num_latents, _, _ = self.latent_shape(*clips.shape[2:])
         pieces = []
         for chunk in plan_chunks(num_latents, self._chunk_latents):
             frames = clips[:, :, _first_frame(chunk.start) : _end_frame(chunk.stop)]
@@ -326,57 +340,34 @@ class CVVAE(nn.Module):
 
         save(self, Path(folder))
 
-    @property
-    def _chunk_latents(self) -> int | None:
-        frames = self.chunk_num_frames
-        if frames is not None and (frames < TEMPORAL_COMPRESSION or frames % TEMPORAL_COMPRESSION):
-            raise ValueError(
-                f"chunk_num_frames is {frames}: a positive multiple of {TEMPORAL_COMPRESSION} frames makes whole "
-                f"latents; set one, or None to run clips in one piece"
-            )
-        return None if frames is None else frames // TEMPORAL_COMPRESSION
-
     def _latent_side(self, size_px: int) -> int:
         rounds_up = self.config.downsample_padding == "both"
         return -(-size_px // SPATIAL_COMPRESSION) if rounds_up else size_px // SPATIAL_COMPRESSION
 
-    def _tile_plan(self, height: int, width: int) -> tuple[list[Span], list[Span]] | None:
-        """Row and column spans in latents for a field of latents of that size, or None where one piece does."""
-        if self.tile_size_px is None:
-            return None
-        for name, value in (("tile_size_px", self.tile_size_px), ("tile_overlap_px", self.tile_overlap_px)):
-            if value < 0 or value % SPATIAL_COMPRESSION:
-                raise ValueError(f"{name} is {value}: a multiple of {SPATIAL_COMPRESSION} px makes whole latents")
-        tile, overlap = self.tile_size_px // SPATIAL_COMPRESSION, self.tile_overlap_px // SPATIAL_COMPRESSION
-        if overlap >= tile:
-            raise ValueError(f"tile_overlap_px is {self.tile_overlap_px}: less than tile_size_px={self.tile_size_px}")
-        return plan_tiles(height, tile, overlap), plan_tiles(width, tile, overlap)
-
     def _encode_tiles(self, frames: Tensor) -> Tensor:
-        H, W = frames.shape[3:]
-        plan = self._tile_plan(self._latent_side(H), self._latent_side(W))
-        if plan is None or self.tile_size_px is None or max(H, W) <= self.tile_size_px:
-            return self._run(self.encoder, frames)
-        tile_size_px = self.tile_size_px
+        # Rounded up also where the encoder rounds down: published tiles are planned in pixels, so that a rest of a few
+        # pixels beyond a tile begins another one.
+        h, w = (-(-side // SPATIAL_COMPRESSION) for side in frames.shape[3:])
 
         def encode_tile(row: Span, column: Span) -> Tensor:
-            tile = frames[..., _pixels(row, tile_size_px), _pixels(column, tile_size_px)]
-            return self._run(self.encoder, tile)
+            return self._run(self.encoder, frames[..., _pixels(row), _pixels(column)])
 
-        overlap = self.tile_overlap_px // SPATIAL_COMPRESSION
-        return run_tiles(encode_tile, *plan, overlap, tile_size_px // SPATIAL_COMPRESSION - overlap)
+        return self._tiled(encode_tile, h, w, 1)
 
     def _decode_tiles(self, latents: Tensor) -> Tensor:
-        h, w = latents.shape[3:]
-        plan = self._tile_plan(h, w)
-        if plan is None or self.tile_size_px is None or max(h, w) * SPATIAL_COMPRESSION <= self.tile_size_px:
-            return self._run(self.decoder, latents)
-
         def decode_tile(row: Span, column: Span) -> Tensor:
-            tile = latents[..., row.start : row.stop, column.start : column.stop]
-            return self._run(self.decoder, tile)
+            return self._run(self.decoder, latents[..., row.start : row.stop, column.start : column.stop])
 
-        return run_tiles(decode_tile, *plan, self.tile_overlap_px, self.tile_size_px - self.tile_overlap_px)
+        return self._tiled(decode_tile, latents.shape[3], latents.shape[4], SPATIAL_COMPRESSION)
+
+    def _tiled(self, run: Callable[[Span, Span], Tensor], height: int, width: int, scale: int) -> Tensor:
+        """Runs every tile of a field of height x width latents; results have `scale` rows for every latent."""
+        tile = self._tile_latents
+        if tile is None:
+            return run(Span(0, height), Span(0, width))
+        overlap = round(self.config.tile_overlap_ratio * tile)
+        rows, columns = (plan_tiles(side, tile, overlap) for side in (height, width))
+        return run_tiles(run, rows, columns, overlap * scale, (tile - overlap) * scale)
 
     def _run(self, half: nn.Module, x: Tensor) -> Tensor:
         out: Tensor = half(to_channels_last(x))
@@ -389,9 +380,7 @@ class CVVAE(nn.Module):
                 f"as this model has {channels} channels there"
             )
         if not x.is_floating_point():
-            raise ValueError(
-                f"{name} are {x.dtype}: floating point is needed; pixels in 0..255 become x / 127.5 - 1"
-            )
+            raise ValueError(f"{name} are {x.dtype}: floating point is needed; pixels in 0..255 become x / 127.5 - 1")
         return (x if x.dim() == 5 else x.unsqueeze(2)).to(self.dtype)
 
 
@@ -400,10 +389,19 @@ def _check_frame_count(num_frames: int) -> None:
     if num_frames < 1 or rest:
         lower = max(num_frames - rest, 1)
         raise ValueError(
-            f"the clip has {num_frames} frames: 1 + 4 k are needed (nearest: {lower} or {lower + TEMPORAL_COMPRESSION}), "
-            f"because the first frame and then every {TEMPORAL_COMPRESSION} frames become one latent; cut the clip, or "
-            f"repeat its last frame"
+            f"the clip has {num_frames} frames: 1 + 4 k are needed (nearest: {lower} or "
+            f"{lower + TEMPORAL_COMPRESSION}), because the first frame and then every {TEMPORAL_COMPRESSION} frames "
+            f"become one latent; cut the clip, or repeat its last frame"
         )
+
+
+def _whole_latents(name: str, value: int | None, step: int) -> int | None:
+    """The value in latents; None where it is 0 or None."""
+    if value is not None and (value < 0 or value % step):
+        raise ValueError(
+            f"{name} is {value}: a multiple of {step} is needed, which is one latent, or 0 to run in one piece"
+        )
+    return value // step if value else None
 
 
 def _first_frame(latent: int) -> int:
@@ -415,7 +413,6 @@ def _end_frame(latent_stop: int) -> int:
     return (latent_stop - 1) * TEMPORAL_COMPRESSION + 1
 
 
-def _pixels(span: Span, tile_size_px: int) -> slice:
+def _pixels(span: Span) -> slice:
     """The pixels of a tile; where the frame ends first, slicing stops there, odd rest included."""
-    start = span.start * SPATIAL_COMPRESSION
-    return slice(start, start + tile_size_px)
+    return slice(span.start * SPATIAL_COMPRESSION, span.stop * SPATIAL_COMPRESSION)

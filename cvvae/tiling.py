@@ -84,6 +84,8 @@ def run_tiles(
                 blend(band[-1], tile, overlap, dim=4)
             band.append(tile)
         height = stride if row is not rows[-1] else band[0].shape[3]
-        bands.append(torch.cat([tile[:, :, :, :height, :stride] for tile in band[:-1]] + [band[-1][:, :, :, :height]], 4))
+        bands.append(
+            torch.cat([tile[:, :, :, :height, :stride] for tile in band[:-1]] + [band[-1][:, :, :, :height]], 4)
+        )
         above = band
     return torch.cat(bands, dim=3)
