@@ -20,7 +20,7 @@ import numpy.typing as npt
 REASONS: Mapping[str, str] = {
     "empty_file": "the file has no bytes",
     "unreadable": "no allowed container or image format was recognised, or its header is damaged",
-    "not_allowed": "the container, codec or pixel format is not on the allow-list",
+    "not_allowed": "the address, container, codec or pixel format is not on the allow-list",
     "no_video": "the file has no video stream",
     "too_large": "pixels, frames, streams, duration or bytes are over a limit",
     "too_small": "the picture is smaller than the bucket and --upscale is off",
