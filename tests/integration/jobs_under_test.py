@@ -142,9 +142,9 @@ def tree_of(folder: Path) -> dict[str, tuple[int, int]]:
 
 
 @contextlib.contextmanager
-def ray_cluster(env: Mapping[str, str], num_cpus: int, ports: Sequence[int], folder: Path) -> Iterator[str]:
+def ray_cluster(env: Mapping[str, str], num_cpus: int, first_port: int, folder: Path) -> Iterator[str]:
     """A Ray head node with a job server, as a user starts one; gives the address for `ray job submit`."""
-    gcs, dashboard, client, agent = ports
+    gcs, dashboard, client, agent = range(first_port, first_port + 4)
     log = (folder / "ray-head.log").open("w+")
     command = ["ray", "start", "--head", "--block", f"--port={gcs}", f"--dashboard-port={dashboard}"]
     command += [f"--ray-client-server-port={client}", f"--dashboard-agent-listen-port={agent}"]

@@ -9,12 +9,13 @@ from pathlib import Path
 import media
 import pytest
 from builders import CLIP_VIDEOS, clip_members, tar_bytes
+from conftest import SeaweedFS
 from integration.jobs_under_test import SMALL, commits_of, run_job
 
 import cvvae
 from pipeline import LatentDataset
-from pipeline.format import read_rejections
 from pipeline.storage import open_store
+from pipeline.stored import read_rejections
 
 GOOD = CLIP_VIDEOS[0]
 
@@ -137,7 +138,7 @@ def test_a_checkpoint_with_missing_keys_is_wrong_use_and_nothing_is_written(
     ],
 )
 def test_wrong_use_is_exit_code_2_with_a_message_that_names_the_culprit(
-    flags: list[str], said: str, ray_home: Mapping[str, str], s3_env: Mapping[str, str], tmp_path: Path
+    flags: list[str], said: str, ray_home: Mapping[str, str], s3_env: SeaweedFS, tmp_path: Path
 ) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "00000.tar").write_bytes(tar_bytes(clip_members(GOOD, "a")))
@@ -145,7 +146,7 @@ def test_wrong_use_is_exit_code_2_with_a_message_that_names_the_culprit(
     (tmp_path / "file").write_text("not a folder", encoding="utf-8")
     (tmp_path / "job.yaml").write_text("colour: red\n", encoding="utf-8")
     base = ["--input", str(tmp_path / "in"), "--output", str(tmp_path / "out"), *SMALL]
-    env = {**ray_home, **s3_env, "HF_HUB_OFFLINE": "1"}
+    env = {**ray_home, **s3_env.env, "HF_HUB_OFFLINE": "1"}
     outcome = run_job([*base, *(flag.replace("{tmp}", str(tmp_path)) for flag in flags)], env)
     assert outcome.code == 2, outcome.said
     assert said.replace("{tmp}", str(tmp_path)) in outcome.result["message"]
@@ -153,10 +154,10 @@ def test_wrong_use_is_exit_code_2_with_a_message_that_names_the_culprit(
 
 
 def test_wrong_credentials_are_named_without_being_shown(
-    ray_home: Mapping[str, str], s3_env: Mapping[str, str], tmp_path: Path
+    ray_home: Mapping[str, str], s3_env: SeaweedFS, tmp_path: Path
 ) -> None:
-    env = {**ray_home, **s3_env, "AWS_SECRET_ACCESS_KEY": "swordfish-secret"}
-    outcome = run_job(["--input", str(tmp_path), "--output", "s3://latents/x", *SMALL], env)
+    env = {**ray_home, **s3_env.env, "AWS_SECRET_ACCESS_KEY": "swordfish-secret"}
+    outcome = run_job(["--input", str(tmp_path), "--output", s3_env.root(), *SMALL], env)
     assert outcome.code == 2, outcome.said
-    assert "s3://latents" in outcome.result["message"]
+    assert s3_env.bucket in outcome.result["message"]
     assert "swordfish" not in outcome.said + json.dumps(outcome.result)

@@ -23,6 +23,7 @@ from urllib.request import urlopen
 import psutil
 import pytest
 from builders import CLIP_STILLS, CLIP_VIDEOS, pack_clips
+from conftest import SeaweedFS
 from integration.jobs_under_test import (
     ROOT,
     SMALL,
@@ -35,10 +36,12 @@ from integration.jobs_under_test import (
     tree_of,
 )
 from prometheus_client.parser import text_string_to_metric_families
+from servers import free_ports
 
 from pipeline import LatentDataset
 
 NUM_SHARDS = 4
+DECODE_CHILD = "import main; main(sys.argv"
 MEDIA = (*CLIP_VIDEOS, *CLIP_STILLS)
 
 
@@ -125,7 +128,7 @@ def test_killing_a_decode_child_and_an_actor_leaves_the_same_bytes(
 ) -> None:
     output = tmp_path / "latents"
     with RunningJob([*_flags(shards, output), "--num-actors", "1"], ray_home) as job:
-        job.wait_until(lambda: _kill_one(job.find("decode_child")), "a decode child was there")
+        job.wait_until(lambda: _kill_one(job.find(DECODE_CHILD)), "a decode child was there")
         job.wait_until(lambda: bool(list(output.glob("commits/*/*.json"))), "the first commit was there")
         job.wait_until(lambda: _kill_one(job.find("ray::EncodeActor")), "an actor was there")
         outcome = job.end()
@@ -147,7 +150,7 @@ def test_a_driver_that_is_stopped_goes_on_with_the_same_bytes(
     flags = [*_flags(shards, output), "--num-actors", "1"]
     with RunningJob(flags, ray_home) as job:
         job.wait_until(lambda: bool(list(output.glob("commits/*/*.json"))), "the first commit was there")
-        actors = job.find("ray::EncodeActor") + job.find("decode_child")
+        actors = job.find("ray::EncodeActor") + job.find(DECODE_CHILD)
         assert actors
         job.process.send_signal(number)
         stopped = job.end()
@@ -204,14 +207,13 @@ def test_a_job_submitted_to_a_cluster_writes_the_same_bytes_to_s3_with_four_acto
     undisturbed: tuple[Path, Outcome],
     shards: Path,
     ray_home: Mapping[str, str],
-    s3_env: Mapping[str, str],
-    free_ports: list[int],
+    s3_env: SeaweedFS,
     tmp_path: Path,
 ) -> None:
-    output = "s3://latents/submitted"
-    env = {**ray_home, **s3_env}
+    output = s3_env.root()
+    env = {**ray_home, **s3_env.env}
     job = [*_flags(shards, output), "--num-actors", "4", "--cpus-per-actor", "1", "--progress", "json"]
-    with ray_cluster(env, num_cpus=4, ports=free_ports[:4], folder=tmp_path) as address:
+    with ray_cluster(env, num_cpus=4, first_port=free_ports(4), folder=tmp_path) as address:
         _wait_for(address)
         first = _submit(address, env, job)
         second = _submit(address, env, job)
