@@ -93,6 +93,7 @@ class FaultProxy:
             "500": "InternalError",
             "409": "ConditionalRequestConflict",
             "400": "ExpiredToken",
+            "404": "NoSuchUpload",
         }
         self.requests: list[tuple[str, str]] = []
         self.fault: Fault = lambda method, path: None

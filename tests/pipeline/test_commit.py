@@ -461,7 +461,26 @@ def test_segments_are_the_same_bytes_whenever_they_are_written(tmp_path: Path) -
     assert segments[0] == segments[1]
     data = (tmp_path / "a" / segments[0].key).read_bytes()
     assert segments[0].key == f"manifests/{hashlib.sha256(data).hexdigest()[:16]}.jsonl.gz"
+    assert data[4:8] == bytes(4), "no time of writing in the gzip header"
     assert json.loads(gzip.decompress(data))["nonce"] == commit.nonce
+
+
+def test_a_publisher_that_lost_its_number_merges_again_under_the_next(store: ObjectStore) -> None:
+    ours, theirs = make_commit("ours"), make_commit("theirs")
+    commit_shard(store, ours)
+
+    class Overtaken(Wayward):
+        def put_if_absent(self, key: str, data: bytes) -> None:
+            if key == "snapshots/000000000001.json":
+                commit_shard(self.store, theirs)
+                assert publish_snapshot(self.store).number == 1
+                commit_shard(self.store, make_commit("late"))
+            self.store.put_if_absent(key, data)
+
+    snapshot = publish_snapshot(Overtaken(store))  # type: ignore[arg-type]
+    assert snapshot.number == 2
+    assert [commit.shard_id for commit in snapshot.commits] == ["late", "ours", "theirs"]
+    assert latest_snapshot(store) == snapshot
 
 
 def test_racing_publishers_lose_no_commit_and_take_each_number_once(store: ObjectStore) -> None:

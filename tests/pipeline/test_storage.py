@@ -137,25 +137,28 @@ def test_a_large_file_goes_up_in_parts(s3_env: Any, monkeypatch: pytest.MonkeyPa
     assert store.get("data/large") == data
 
 
-@pytest.mark.parametrize("what", ["lose", "500", "drop"])
+@pytest.mark.parametrize("faults", [["lose"], ["500"], ["drop"], ["lose", "404"]])
 def test_an_upload_in_parts_survives_a_lost_answer_to_its_completion(
-    what: str, proxy: FaultProxy, far_store: ObjectStore, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    faults: list[str], proxy: FaultProxy, far_store: ObjectStore, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(pipeline.s3, "SINGLE_PUT_BYTES", 1)
     monkeypatch.setattr(pipeline.s3, "PART_BYTES", 5 << 20)
-    failed: list[str] = []
-
-    def fault(method: str, path: str) -> str | None:
-        if method != "POST" or "uploadId" not in path or failed:
-            return None
-        failed.append(path)
-        return what
-
-    proxy.fault = fault
+    left = list(faults)
+    proxy.fault = lambda method, path: left.pop(0) if left and method == "POST" and "uploadId" in path else None
     data = os.urandom(6 << 20)
     put(far_store, "data/large", data, tmp_path)
-    assert failed
+    assert not left
     assert far_store.get("data/large") == data
+
+
+def test_an_upload_in_parts_that_the_store_forgot_is_an_error(
+    proxy: FaultProxy, far_store: ObjectStore, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(pipeline.s3, "SINGLE_PUT_BYTES", 1)
+    proxy.fault = lambda method, path: "404" if method == "POST" and "uploadId" in path else None
+    with pytest.raises(StorageNotFoundError, match="NoSuchUpload"):
+        put(far_store, "data/large", b"1234", tmp_path)
+    assert far_store.head("data/large") is None
 
 
 def test_keys_that_lead_out_of_the_root_are_not_followed(store: ObjectStore, tmp_path: Path) -> None:
