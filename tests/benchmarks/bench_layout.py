@@ -141,7 +141,9 @@ def main() -> None:
     pa.set_cpu_count(1)
     torch.set_num_threads(1)
     try:
-        few, source = real_latents(), "model small on the test clips, multiplied"
+        few = real_latents()
+        trained = "trained" if cvvae.load("small").is_trained else "untrained"
+        source = f"model small ({trained}) on the test clips, multiplied"
     except cvvae.CheckpointError as error:
         few, source = gaussian_latents(64), f"smooth Gaussian fields (small does not load: {error})"
     row_bytes = few[0].size * 2
