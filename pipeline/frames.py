@@ -8,8 +8,10 @@ Called by `decode_child`.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.metadata
+import io
 import itertools
 import os
 import struct
@@ -363,26 +365,32 @@ def _timeline(
 # --- reading frames -------------------------------------------------------------------------------------------------
 
 
+class _NumberingError(Exception):
+    """decord counts the frames of the file in another way."""
+
+
 class _DecordReader:
     """Frames by index through decord, decoded straight to the covering size.
 
     Raises:
-        RuntimeError, ValueError and others of decord: it cannot open the file, or numbers its frames otherwise.
+        _NumberingError: decord numbers the frames otherwise.
+        Exception: it cannot open or decode the file; decord raises errors of many types.
     """
 
-    def __init__(self, path: str, scan: Scan, shape: Cover, sign_of_life: Callable[[], None]) -> None:
+    def __init__(self, file: str | io.BytesIO, scan: Scan, shape: Cover, sign_of_life: Callable[[], None]) -> None:
         import decord
 
-        self._reader = decord.VideoReader(path, width=shape.width_px, height=shape.height_px, num_threads=1)
+        self._reader = decord.VideoReader(file, width=shape.width_px, height=shape.height_px, num_threads=1)
         self._scan = scan
         self._shape = shape
         self._sign_of_life = sign_of_life
         self._position = 0
         if len(self._reader) != len(scan.pts):
-            raise ValueError(f"decord counts {len(self._reader)} frames, the file has {len(scan.pts)}")
-        times_s = self._reader.get_frame_timestamp(np.arange(len(scan.pts)))[:, 0].astype(np.float64)
-        if not np.allclose(times_s - times_s[0], scan.timeline.times_s, rtol=1e-5, atol=1e-3):
-            raise ValueError("decord gives the frames other times than the file does")
+            raise _NumberingError(f"decord counts {len(self._reader)} frames, the file has {len(scan.pts)}")
+        given_s = self._reader.get_frame_timestamp(np.arange(len(scan.pts)))[:, 0].astype(np.float64)
+        times_s = (scan.pts - scan.pts[0]) * scan.timeline.tick_s
+        if not np.allclose(given_s - given_s[0], times_s, rtol=1e-5, atol=1e-3):
+            raise _NumberingError("decord gives the frames other times than the file does")
 
     def read(self, indices: npt.NDArray[np.int64], frames: npt.NDArray[np.uint8]) -> None:
         """Writes the frames of rising `indices` `(n,)` to `frames` `(n, H, W, 3)`, cropped."""
@@ -398,7 +406,7 @@ class _DecordReader:
             # At some small widths decord pads lines and misreads them, as pictures of six channels for example.
             expected = (until - done, self._shape.height_px, self._shape.width_px, 3)
             if batch.shape != expected:
-                raise ValueError(f"decord gave frames of shape {batch.shape}, not {expected}")
+                raise _NumberingError(f"decord gave frames of shape {batch.shape}, not {expected}")
             frames[done:until] = batch[:, top : top + height, left : left + width]
             self._position = int(indices[until - 1]) + 1
             done = until
@@ -553,12 +561,20 @@ class _StrictReader:
 
 
 class ClipReader:
-    """Reads the frames of a clip: by decord where that is known to be right, else by PyAV, which also checks decord."""
+    """Reads the frames of a clip: by decord where that is known to be right, else by PyAV, which also checks decord.
+
+    Which of them made a frame depends on the frames of the clip alone. decord reads ahead in a thread, so that how
+    early it meets damage is a matter of luck; where it fails, it is given only the packets that the clip needs.
+    """
 
     def __init__(
         self, path: str, scan: Scan, shape: Cover, limits: DecodeLimits, sign_of_life: Callable[[], None]
     ) -> None:
-        self._open_decord: Callable[[], _DecordReader] = lambda: _DecordReader(path, scan, shape, sign_of_life)
+        self._path = path
+        self._scan = scan
+        self._shape = shape
+        self._limits = limits
+        self._sign_of_life = sign_of_life
         self._strict = _StrictReader(path, scan, shape, limits, sign_of_life)
         self._decord: _DecordReader | None = None
         self._by_decord = (
@@ -567,14 +583,6 @@ class ClipReader:
             and scan.num_video_streams == 1
             and not _needs_own_turning(scan)
         )
-        if self._by_decord:
-            try:
-                self._decord = self._open_decord()
-            except MemoryError:
-                raise
-            except Exception:
-                # decord raises errors of many types; each means only that PyAV has to do it.
-                self._by_decord = False
 
     def read(self, indices: npt.NDArray[np.int64], frames: npt.NDArray[np.uint8]) -> str:
         """Writes the frames of the never falling `indices` to `frames` `(T, H, W, 3)`; returns the decoder's name.
@@ -592,36 +600,81 @@ class ClipReader:
         return decoder
 
     def _read(self, indices: npt.NDArray[np.int64], frames: npt.NDArray[np.uint8]) -> str:
-        is_suspect = self._read_by_decord(indices, frames) if self._by_decord else None
-        if is_suspect is None:
-            self._strict.read(indices, frames)
-            return decoder_class("av")
-        if is_suspect:
-            checked = np.empty_like(frames)
-            self._strict.read(indices, checked)
-            if not _agree(frames, checked):
-                frames[:] = checked
-                return decoder_class("av")
-        return decoder_class("decord")
+        has_read = self._by_decord and self._read_by_decord(indices, frames)
+        # decord puts the last good frame in a damaged one's place without a word, and the FFmpeg in it hides errors in
+        # the picture and says so on standard error only. Whether a picture stands still or a decoder repeats itself,
+        # only a strict decoder can tell. A complaint counts from then on: damage goes from frame to frame.
+        if has_read and os.fstat(sys.stderr.fileno()).st_size == 0 and not _repeats(frames).any():
+            return decoder_class("decord")
+        checked = np.empty_like(frames)
+        self._strict.read(indices, checked)
+        if self._by_decord and (has_read or self._read_alone(indices, frames)) and _agree(frames, checked):
+            return decoder_class("decord")
+        frames[:] = checked
+        return decoder_class("av")
 
-    def _read_by_decord(self, indices: npt.NDArray[np.int64], frames: npt.NDArray[np.uint8]) -> bool | None:
-        """Whether what decord gave needs a second look; None where it gave nothing.
-
-        decord puts the last good frame in a damaged one's place without a word, and the FFmpeg in it hides errors in
-        the picture and says so on standard error only. Whether a picture stands still or a decoder repeats itself,
-        only a strict decoder can tell.
-        """
+    def _read_by_decord(self, indices: npt.NDArray[np.int64], frames: npt.NDArray[np.uint8]) -> bool:
+        """Whether decord, reading on in the whole file, gave all frames."""
         try:
             if self._decord is None:
-                self._decord = self._open_decord()
+                self._decord = _DecordReader(self._path, self._scan, self._shape, self._sign_of_life)
             self._decord.read(indices, frames)
         except MemoryError:
             raise
+        except _NumberingError:
+            self._by_decord = False
+            return False
         except Exception:
+            # decord raises errors of many types; after any of them its reader is of no use.
             self._decord = None
-            return None
-        # A complaint counts from then on: damage goes from frame to frame, into clips that follow.
-        return os.fstat(sys.stderr.fileno()).st_size > 0 or bool(_repeats(frames).any())
+            return False
+        return True
+
+    def _read_alone(self, indices: npt.NDArray[np.int64], frames: npt.NDArray[np.uint8]) -> bool:
+        """Whether decord gave all frames from a file that ends with the last of them."""
+        first, last = self._scan.key_frame_before(int(indices[0])), int(indices[-1])
+        try:
+            excerpt, alone = _excerpt(self._path, self._scan, self._limits, first, last, self._sign_of_life)
+            _DecordReader(excerpt, alone, self._shape, self._sign_of_life).read(indices - first, frames)
+        except MemoryError:
+            raise
+        except Exception:
+            return False
+        return True
+
+
+def _excerpt(
+    path: str, scan: Scan, limits: DecodeLimits, first: int, last: int, sign_of_life: Callable[[], None]
+) -> tuple[io.BytesIO, Scan]:
+    """A file of the same kind with the packets that the frames from the key frame `first` to `last` need, and its scan.
+
+    Some frames that are shown later may be in it, because others refer to them.
+    """
+    import av
+
+    made = io.BytesIO()
+    missing = set(map(int, scan.pts[first : last + 1]))
+    copied: list[int] = []
+    with (
+        _open_container(path, limits) as container,
+        av.open(made, "w", format="mp4" if scan.container == "mov" else scan.container) as copy,
+    ):
+        stream, _ = _choose_stream(container, limits)
+        target = copy.add_stream_from_template(stream)
+        container.seek(int(scan.pts[first]), stream=stream)
+        for packet in _packets(container, stream):
+            sign_of_life()
+            time = None if packet is None else _time_of(packet)
+            if packet is None or time is None or not missing:
+                break
+            if copied or time == scan.pts[first]:
+                missing.discard(time)
+                copied.append(time)
+                packet.stream = target
+                copy.mux(packet)
+    made.seek(0)
+    pts = np.array(sorted(copied), dtype=np.int64)
+    return made, dataclasses.replace(scan, pts=pts, key_frames=np.zeros(1, dtype=np.int64))
 
 
 def _needs_own_turning(scan: Scan) -> bool:
