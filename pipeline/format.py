@@ -106,7 +106,7 @@ _FACTS_NAME = "latentmill"
 _OUR_NAMES = frozenset(column.name for column in (*COLUMNS, EXTRA)) | {_FACTS_NAME}
 _LATENT_DTYPES: Mapping[str, np.dtype[Any]] = {"float16": np.dtype("<f2"), "float32": np.dtype("<f4")}
 
-# Chosen by tests/benchmarks/bench_layout.py (2026-11-22; real clips through "small", not yet trained, as 64 MiB of float16
+# Chosen by tests/benchmarks/bench_layout.py (2026-11-22; real clips through "small", not yet trained: 64 MiB of float16
 # latents; one thread of a shared x86-64 machine, pyarrow 26.0; size against raw, MiB/s, and the milliseconds that one
 # random row costs; speeds differ up to twofold from run to run):
 #   row group  codec   encoding  size   write  read  row ms
@@ -117,9 +117,9 @@ _LATENT_DTYPES: Mapping[str, np.dtype[Any]] = {"float16": np.dtype("<f2"), "floa
 #     16 MiB   zstd 3  plain     0.916    256   626    16.3
 #     16 MiB   zstd 9  plain     0.922    362  1158    13.6
 #     16 MiB   zstd 1  split     0.813    139   745    26.1
-# Mantissas hardly compress, so a level above 1 buys next to nothing. Small row groups do not cost size; tens of MB keep the
-# requests to a remote store few. Byte-stream-split saves a tenth more, but Parquet has it for numbers only: the latent
-# would be a list of half floats instead of bytes that every reader can look at without conversion.
+# Mantissas hardly compress, so a level above 1 buys next to nothing. Small row groups do not cost size; tens of MB
+# keep the requests to a remote store few. Byte-stream-split saves a tenth more, but Parquet has it for numbers only:
+# the latent would be a list of half floats instead of bytes that every reader can look at without conversion.
 _ROW_GROUP_BYTES = 16 << 20
 _ZSTD_LEVEL = 1
 # Rows that weigh next to nothing must not pile up for ever either: rejections, and latents of tiny pictures.
