@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
 import media
-import pytest
 from builders import CLIP_VIDEOS, clip_members, tar_bytes
-from conftest import SeaweedFS
 from integration.jobs_under_test import SMALL, commits_of, run_job
 
 import cvvae
@@ -55,8 +52,10 @@ def test_every_kind_of_bad_sample_is_a_recorded_rejection_and_the_rest_is_done(
         ("a_good.mp4", good),
     ]
     (shards / "00000.tar").write_bytes(tar_bytes(members))
-    damaged = bytearray(tar_bytes([*clip_members(GOOD, "k_good"), ("l_lost.mp4", good), ("m_lost.mp4", good)]))
-    damaged[damaged.rindex(b"l_lost.mp4")] ^= 0xFF
+    # Of the sample before a damage nobody knows whether it is whole: its caption may be what was lost.
+    media_of = [("l_open.mp4", good), ("m_lost.mp4", good), ("n_lost.mp4", good)]
+    damaged = bytearray(tar_bytes([*clip_members(GOOD, "k_good"), *media_of]))
+    damaged[damaged.rindex(b"m_lost.mp4")] ^= 0xFF
     (shards / "00001.tar").write_bytes(damaged)
     (shards / "00002.tar").write_bytes(tar_bytes([(f"n{i}.mp4", garbage[i:]) for i in range(3)]))
     output = str(tmp_path / "latents")
@@ -88,7 +87,7 @@ def test_every_kind_of_bad_sample_is_a_recorded_rejection_and_the_rest_is_done(
     assert result["num_videos_ok"] >= 2
     assert sum(result["reasons"].values()) == len(reasons)
     read = {key: text for b in LatentDataset(output) for key, text in zip(b["key"], b["caption"], strict=True)}
-    assert {"j_good", "k_good"} <= read.keys()
+    assert {"j_good", "k_good"} <= read.keys() <= {"a_good", "j_good", "k_good"}
     assert read["j_good"] == "second \u732b"
 
 
@@ -120,44 +119,3 @@ def test_a_checkpoint_with_missing_keys_is_wrong_use_and_nothing_is_written(
     assert outcome.code == 2, outcome.said
     assert missing in outcome.result["message"]
     assert not (tmp_path / "out" / "_dataset.json").exists()
-
-
-@pytest.mark.parametrize(
-    ("flags", "said"),
-    [
-        (["--input", "{tmp}/nowhere"], "nowhere"),
-        (["--input", "{tmp}/empty"], "{tmp}/empty"),
-        (["--input", "s3://no-such-bucket-here/shards"], "no-such-bucket-here"),
-        (["--output", "s3://no-such-bucket-here/latents"], "no-such-bucket-here"),
-        (["--output", "{tmp}/file/latents"], "{tmp}/file"),
-        (["--output", "ftp://host/latents"], "ftp"),
-        (["--buckets", "100x100x16"], "multiple of 8"),
-        (["--config", "{tmp}/job.yaml"], "colour"),
-        (["--model", "no-such-model"], "no-such-model"),
-        (["--retry-failed", "timeout"], "--retry-failed"),
-    ],
-)
-def test_wrong_use_is_exit_code_2_with_a_message_that_names_the_culprit(
-    flags: list[str], said: str, ray_home: Mapping[str, str], s3_env: SeaweedFS, tmp_path: Path
-) -> None:
-    (tmp_path / "in").mkdir()
-    (tmp_path / "in" / "00000.tar").write_bytes(tar_bytes(clip_members(GOOD, "a")))
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "file").write_text("not a folder", encoding="utf-8")
-    (tmp_path / "job.yaml").write_text("colour: red\n", encoding="utf-8")
-    base = ["--input", str(tmp_path / "in"), "--output", str(tmp_path / "out"), *SMALL]
-    env = {**ray_home, **s3_env.env, "HF_HUB_OFFLINE": "1"}
-    outcome = run_job([*base, *(flag.replace("{tmp}", str(tmp_path)) for flag in flags)], env)
-    assert outcome.code == 2, outcome.said
-    assert said.replace("{tmp}", str(tmp_path)) in outcome.result["message"]
-    assert "Traceback" not in outcome.said
-
-
-def test_wrong_credentials_are_named_without_being_shown(
-    ray_home: Mapping[str, str], s3_env: SeaweedFS, tmp_path: Path
-) -> None:
-    env = {**ray_home, **s3_env.env, "AWS_SECRET_ACCESS_KEY": "swordfish-secret"}
-    outcome = run_job(["--input", str(tmp_path), "--output", s3_env.root(), *SMALL], env)
-    assert outcome.code == 2, outcome.said
-    assert s3_env.bucket in outcome.result["message"]
-    assert "swordfish" not in outcome.said + json.dumps(outcome.result)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -211,7 +212,7 @@ def test_a_job_submitted_to_a_cluster_writes_the_same_bytes_to_s3_with_four_acto
     tmp_path: Path,
 ) -> None:
     output = s3_env.root()
-    env = {**ray_home, **s3_env.env}
+    env = {**ray_home, **s3_env.env, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16)}
     job = [*_flags(shards, output), "--num-actors", "4", "--cpus-per-actor", "1", "--progress", "json"]
     with ray_cluster(env, num_cpus=4, first_port=free_ports(4), folder=tmp_path) as address:
         _wait_for(address)

@@ -1,0 +1,70 @@
+"""The job's command line: wrong use is exit code 2 and a message that names the culprit, before anything is started."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from builders import CLIP_VIDEOS, clip_members, tar_bytes
+from conftest import SeaweedFS
+
+from jobs.encode_laion import main
+
+
+def _run(flags: list[str], folder: Path, capsys: pytest.CaptureFixture[str]) -> tuple[int, dict[str, object], str]:
+    """Exit code, the JSON object of the last line, and all that was said; Ray is not started by wrong use."""
+    (folder / "in").mkdir()
+    (folder / "in" / "00000.tar").write_bytes(tar_bytes(clip_members(CLIP_VIDEOS[0], "a")))
+    base = ["--input", str(folder / "in"), "--output", str(folder / "out"), "--model", "small"]
+    code = main([*base, "--progress", "plain", *flags])
+    captured = capsys.readouterr()
+    return code, json.loads(captured.out.splitlines()[-1]), captured.err
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--input", "{tmp}/nowhere"], "nowhere"),
+        (["--input", "{tmp}/empty"], "{tmp}/empty"),
+        (["--input", "s3://no-such-bucket-here/shards"], "no-such-bucket-here"),
+        (["--output", "s3://no-such-bucket-here/latents"], "no-such-bucket-here"),
+        (["--output", "{tmp}/file/latents"], "{tmp}/file"),
+        (["--output", "ftp://host/latents"], "ftp"),
+        (["--buckets", "100x100x16"], "multiple of 8"),
+        (["--config", "{tmp}/job.yaml"], "colour"),
+        (["--config", "{tmp}/nowhere.yaml"], "nowhere.yaml"),
+        (["--retry-failed", "timeout"], "--retry-failed"),
+    ],
+)
+def test_wrong_use_is_exit_code_2_with_a_message_that_names_the_culprit(
+    flags: list[str], said: str, s3_env: SeaweedFS, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("not a folder", encoding="utf-8")
+    (tmp_path / "job.yaml").write_text("colour: red\n", encoding="utf-8")
+    code, result, err = _run([flag.replace("{tmp}", str(tmp_path)) for flag in flags], tmp_path, capsys)
+    assert (code, result["exit_code"]) == (2, 2)
+    assert said.replace("{tmp}", str(tmp_path)) in str(result["message"])
+    assert "Traceback" not in err
+    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").glob("commits/*"))
+
+
+def test_wrong_credentials_are_named_without_being_shown(
+    s3_env: SeaweedFS, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "swordfish-secret")
+    code, result, err = _run(["--output", s3_env.root()], tmp_path, capsys)
+    assert code == 2
+    assert s3_env.bucket in str(result["message"])
+    assert "swordfish" not in err + json.dumps(result)
+
+
+def test_a_store_that_cannot_be_reached_leaves_the_work_undone(
+    s3_env: SeaweedFS, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setattr("pipeline.s3.FIRST_CONTACT_BUDGET_S", 1.0)
+    code, result, _err = _run(["--output", s3_env.root()], tmp_path, capsys)
+    assert (code, result["error"]) == (4, "StorageUnavailableError")
+    assert "127.0.0.1:9" in str(result["message"])
