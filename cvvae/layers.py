@@ -230,9 +230,10 @@ class ResidualBlock(nn.Module):
             self.shortcut = PointwiseLinear(in_channels, out_channels, num_trailing_dims)
 
     def forward(self, x: Tensor) -> Tensor:
-        # One name for all steps, so that each activation is freed as soon as the next one exists.
+        # One name and one line for each step, so that an activation is freed as soon as the next one exists.
         h: Tensor = self.conv1(norm_silu(self.norm1, x))
-        h = self.conv2(norm_silu(self.norm2, h))
+        h = norm_silu(self.norm2, h)
+        h = self.conv2(h)
         if self.shortcut is not None:
             x = self.shortcut(x.movedim(1, -1)).movedim(-1, 1)
         # In place: no backward formula of a convolution reads its output.

@@ -9,12 +9,13 @@ import os
 import zlib
 from pathlib import Path
 
-import cvvae
 import numpy as np
 import pytest
 import torch
-from cvvae.checkpoint import published_state_dict
 from safetensors.torch import save_file
+
+import cvvae
+from cvvae.checkpoint import published_state_dict
 
 FOLDER = os.environ.get("LATENTMILL_REFERENCE", "")
 pytestmark = pytest.mark.skipif(not FOLDER, reason="LATENTMILL_REFERENCE names no folder of reference values")
@@ -44,8 +45,8 @@ def models(tmp_path_factory):
         golden = read_json(f"golden_{family}.json")
         folder = tmp_path_factory.mktemp(family)
         (folder / "config.json").write_text(json.dumps({"_class_name": class_name, **golden["config"]}))
-        shapes = golden["state_dict_shapes"]
-        weights = {key: torch.from_numpy(made_weight(golden["weight_seed"], key, shape)) for key, shape in shapes.items()}
+        seed, shapes = golden["weight_seed"], golden["state_dict_shapes"]
+        weights = {key: torch.from_numpy(made_weight(seed, key, shape)) for key, shape in shapes.items()}
         save_file(weights, folder / "diffusion_pytorch_model.safetensors")
         loaded[family] = cvvae.load(folder)
     return loaded
