@@ -20,6 +20,8 @@ from pipeline.records import Bucket, MediaKind
 _SAME_ASPECT = 1e-9
 # Presentation times are sums of binary fractions; an instant this close after a frame's time has reached it.
 _TIME_ROUNDING_S = 1e-6
+# A clock of milliseconds rounds; slower ones (AVI's ticks once a frame) are exact.
+_COARSE_CLOCK_S = 1e-3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +44,7 @@ class Timeline:
         end_s: when the last frame that is there ends.
         promised_end_s: when the last frame ends by the header; more than `end_s` where the file is cut short.
         num_promised: frames by the header; more than n where the file is cut short.
-        tick_s: the container's clock; a time is known to half of it (Matroska counts in milliseconds).
+        tick_s: the container's clock; where it is a millisecond (Matroska) or less, times are known to half of it.
     """
 
     times_s: npt.NDArray[np.float64]
@@ -80,7 +82,7 @@ class Timeline:
 
     @property
     def _tolerance_s(self) -> float:
-        return max(_TIME_ROUNDING_S, self.tick_s / 2)
+        return min(max(_TIME_ROUNDING_S, self.tick_s / 2), _COARSE_CLOCK_S / 2)
 
     def _num_instants_before(self, end_s: float, fps: float) -> int:
         return max(1, math.ceil((end_s - self._tolerance_s) * fps))

@@ -537,7 +537,10 @@ class _FileInWork:
             answer = child.open(self._video, self._next_clip, self._stop)
         if answer["type"] == "rejected":
             return self._give_up(*_rejection(child, answer))
-        self._num_clips = int(answer["num_clips"])
+        num_clips = answer.get("num_clips")
+        if answer["type"] != "opened" or not isinstance(num_clips, int):
+            raise child.broken(f"it was asked to open a file and answered {answer}")
+        self._num_clips = num_clips
         while self._next_clip < self._num_clips:
             with self._pool.permit(self._stop):
                 answer = child.next(self._stop)

@@ -334,29 +334,27 @@ def _timeline(
 ) -> Timeline:
     """Times of the frames that are there, and how far the header promises that they go.
 
-    A header is believed only where something says that the file was cut: fewer packets than it counts (MP4, AVI) or a
-    demuxer that met the end too early (Matroska). Durations alone are often wrong in healthy files.
+    A header is believed only where the demuxer met the end of the file too early, or in AVI, which says nothing then:
+    counts and durations are often more than what healthy files show (edit lists, longer sound).
     """
     assert stream.time_base is not None, "packets were read, so there is a clock"
     tick_s = float(stream.time_base)
     times_s = (pts - pts[0]) * tick_s
     usual_s = float(np.median(np.diff(times_s))) if len(pts) > 1 else 1 / float(stream.average_rate or 25)
     end_s = float(times_s[-1]) + (packets.last_duration * tick_s or usual_s)
-    promised_end_s, num_promised = end_s, len(pts)
     num_missing = stream.frames - packets.num_seen + (packets.lost_pts is not None)
-    header_end_s = float(stream.duration or 0) * tick_s
-    if num_missing > 0 and container.format.name.startswith("mov"):
-        promised_end_s = max(header_end_s, end_s + num_missing * usual_s)
-        num_promised += num_missing
-    # AVI counts frames that repeat the one before and have no bytes, so that only missing time says something.
-    elif num_missing > 0 and header_end_s > end_s + 1.5 * usual_s:
-        promised_end_s = header_end_s
-        num_promised += num_missing
-    elif packets.ended_early and container.duration is not None:
+    header_end_s = end_s
+    if container.format.name == "avi":
+        # It counts slots of its clock, also those of frames that repeat the one before and are not in the file.
+        header_end_s = stream.frames * tick_s
+    elif packets.ended_early and num_missing > 0:
+        header_end_s = max(float(stream.duration or 0) * tick_s, end_s + num_missing * usual_s)
+    elif packets.ended_early and stream.frames == 0 and container.duration is not None:
         header_end_s = (container.duration + (container.start_time or 0)) / 1e6 - float(pts[0]) * tick_s
-        if header_end_s > end_s + 1.5 * usual_s:
-            promised_end_s = header_end_s
-            num_promised += round((header_end_s - end_s) / usual_s)
+    promised_end_s, num_promised = end_s, len(pts)
+    if header_end_s > end_s + usual_s / 2:
+        promised_end_s = header_end_s
+        num_promised += max(num_missing, round((header_end_s - end_s) / usual_s))
     return Timeline(
         times_s=times_s, end_s=end_s, promised_end_s=promised_end_s, num_promised=num_promised, tick_s=tick_s
     )
@@ -403,7 +401,7 @@ class _DecordReader:
             reachable = int(np.searchsorted(indices, first + _DECORD_SKIPS_PER_CALL, side="right"))
             until = min(reachable, done + _DECORD_FRAMES_PER_CALL)
             batch = self._reader.get_batch(indices[done:until]).asnumpy()
-            # At some small widths decord pads lines and misreads them, as pictures of six channels for example.
+            # Where decord pads lines it may misread them, as pictures of six channels for example.
             expected = (until - done, self._shape.height_px, self._shape.width_px, 3)
             if batch.shape != expected:
                 raise _NumberingError(f"decord gave frames of shape {batch.shape}, not {expected}")
@@ -624,9 +622,11 @@ class ClipReader:
         except _NumberingError:
             self._by_decord = False
             return False
-        except Exception:
+        except Exception as error:
             # decord raises errors of many types; after any of them its reader is of no use.
             self._decord = None
+            # At some small widths it pads lines and then finds its own picture too large.
+            self._by_decord = "must exactly match" not in str(error)
             return False
         return True
 
