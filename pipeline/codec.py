@@ -147,7 +147,7 @@ class ClipEncoder:
         except torch.cuda.OutOfMemoryError as error:
             raise UsageError(
                 f"the GPU ran out of memory on a batch of {len(batch)} clips of {batch[0].bucket}; lower "
-                f"--batch-frames (now {self._encoding.batch_frames}), give --tile-px, or give the actor a larger share of the GPU"
+                f"--batch-frames (now {self._encoding.batch_frames}), give --tile-px, or give the actor more of the GPU"
             ) from error
         except RuntimeError as error:
             # After most CUDA errors the context is lost and every later clip would fail too: that ends the attempt.

@@ -195,18 +195,29 @@ def open_dataset(store: ObjectStore, manifest: DatasetManifest) -> DatasetManife
     standing = _manifest_of(store, create_once(store, MANIFEST_KEY, _json_bytes(asdict(manifest))))
     if standing.fingerprint == manifest.fingerprint:
         return standing
-    held, asked = standing.fingerprint_fields, _plain(manifest.fingerprint_fields)
+    refuse_differences(store, standing.fingerprint_fields, manifest.fingerprint_fields)
+    raise ConfigMismatchError(f"{store.root_uri} states a fingerprint that is not that of its configuration", {})
+
+
+def refuse_differences(store: ObjectStore, held: Mapping[str, object], asked: Mapping[str, object]) -> None:
+    """Compares the configuration of an output with the one that is asked for.
+
+    Raises:
+        ConfigMismatchError: a key is missing on one side or its values differ; the error lists each.
+    """
+    held, asked = _plain(held), _plain(asked)
     differences = {
         key: (held.get(key), asked.get(key))
         for key in sorted(held.keys() | asked.keys())
         if held.get(key) != asked.get(key)
     }
-    listed = "; ".join(f"{key}: {ours!r} there, {theirs!r} now" for key, (ours, theirs) in differences.items())
-    raise ConfigMismatchError(
-        f"{store.root_uri} was made with another configuration ({listed or 'the fingerprints differ'}); "
-        "use the same settings, or another --output",
-        differences,
-    )
+    if differences:
+        listed = "; ".join(f"{key}: {old!r} there, {new!r} asked for" for key, (old, new) in differences.items())
+        raise ConfigMismatchError(
+            f"{store.root_uri} was made with another configuration ({listed}) and nothing was changed; give the same "
+            "settings to go on with it, or another --output to begin anew",
+            differences,
+        )
 
 
 def read_manifest(store: ObjectStore) -> DatasetManifest | None:

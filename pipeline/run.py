@@ -33,6 +33,7 @@ from pipeline.commit import (
     open_dataset,
     publish_snapshot,
     read_manifest,
+    refuse_differences,
 )
 from pipeline.config import JobConfig
 from pipeline.errors import ConfigMismatchError, LatentmillError, StorageError, UsageError
@@ -164,29 +165,17 @@ def run(config: JobConfig, progress: Progress, metrics: RunMetrics) -> RunSummar
     return ledger.close(snapshot, manifest.model.is_trained)
 
 
-def _mismatch(store: ObjectStore, differences: Mapping[str, tuple[object, object]]) -> ConfigMismatchError:
-    listed = "; ".join(f"{key}: {old!r} there, {new!r} asked for" for key, (old, new) in sorted(differences.items()))
-    return ConfigMismatchError(
-        f"{store.root_uri} already holds latents of another configuration ({listed}). Nothing was changed. Give the "
-        "same settings to go on with it, or another --output to begin anew",
-        differences,
-    )
-
-
 def _refuse_other_encoding(store: ObjectStore, stored: DatasetManifest, config: JobConfig) -> None:
     """Compares what the configuration alone decides, before anything is planned or started."""
     held = stored.fingerprint_fields
     asked = config.encoding.fingerprint_fields(str(held.get("device_type", "cpu")))
-    differences = {key: (held.get(key), value) for key, value in asked.items() if held.get(key) != value}
-    if differences:
-        raise _mismatch(store, differences)
+    refuse_differences(store, {key: held.get(key) for key in asked}, asked)
 
 
 def _refuse_other_model(store: ObjectStore, stored: DatasetManifest, config: JobConfig) -> None:
     """For a run with nothing to do, which starts no actor that would compare the weights."""
     weights_sha256 = load_model(config.encoding, torch.device("cpu")).weights_sha256
-    if weights_sha256 != stored.model.weights_sha256:
-        raise _mismatch(store, {"weights_sha256": (stored.model.weights_sha256, weights_sha256)})
+    refuse_differences(store, {"weights_sha256": stored.model.weights_sha256}, {"weights_sha256": weights_sha256})
 
 
 def _open_output(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -161,6 +162,7 @@ def commit_records(
             num_records=len(records),
             num_clips_rejected=0,
             num_frames=sum(entry.bucket.num_frames for entry in records),
+            reasons=Counter(failure.reason for failure in rejections),
         ),
         format_version=1,
         code_version="0",

@@ -312,7 +312,9 @@ def test_a_dataset_is_opened_by_many_and_described_once(store: ObjectStore) -> N
 
 def test_another_configuration_is_refused_with_each_difference(store: ObjectStore) -> None:
     open_dataset(store, make_manifest())
-    with pytest.raises(ConfigMismatchError, match=r"fps: 8.0 there, 16.0 now; new: None there, 1 now") as caught:
+    with pytest.raises(
+        ConfigMismatchError, match=r"fps: 8.0 there, 16.0 asked for; new: None there, 1 asked for"
+    ) as caught:
         open_dataset(store, make_manifest(fps=16.0, new=1))
     assert caught.value.differences == {"fps": (8.0, 16.0), "new": (None, 1)}
     assert pickle.loads(pickle.dumps(caught.value)).differences == caught.value.differences

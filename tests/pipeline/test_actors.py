@@ -1,0 +1,152 @@
+"""The encoder actor without Ray: accounts, order of turns, decoding ahead, temporary files.
+
+Whole shards through real actors are in tests/integration.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from builders import CLIP_VIDEOS, pack_clips
+
+import pipeline.actors as actors
+from pipeline.actors import EncodeActor, _Account, _DecodeAhead, _Turns
+from pipeline.commit import fingerprint_of, open_dataset
+from pipeline.config import JobConfig, parse_arguments
+from pipeline.errors import UsageError
+from pipeline.plan import plan_shards
+from pipeline.records import ClipFailure, DatasetManifest
+from pipeline.storage import open_store
+
+
+def _failure(key: str, clip_index: int | None, reason: str = "timeout") -> ClipFailure:
+    return ClipFailure(key=key, clip_index=clip_index, step="decode", reason=reason, message="m", source_uri="u")
+
+
+def test_a_video_whose_clips_are_all_rejected_counts_as_rejected_once() -> None:
+    account = _Account()
+    for failure in (_failure("a", 0), _failure("a", 1), _failure("b", None, "empty_file")):
+        account.reject(failure)
+    counts = account.counts()
+    assert (counts.num_videos, counts.num_videos_ok, counts.num_videos_rejected) == (2, 0, 2)
+    assert (counts.num_clips, counts.num_records, counts.num_clips_rejected) == (2, 0, 2)
+    assert counts.reasons == {"empty_file": 1, "timeout": 2}
+
+
+def test_turns_are_served_in_the_order_in_which_they_were_drawn() -> None:
+    turns, served = _Turns(), []
+    drawn = [turns.draw() for _ in range(4)]
+
+    def serve(turn: int) -> None:
+        turns.wait_for(turn)
+        served.append(turn)
+        turns.end(turn)
+
+    turns.end(drawn[2])  # gave up before its turn came
+    threads = [threading.Thread(target=serve, args=(turn,)) for turn in (drawn[3], drawn[1], drawn[0])]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+    assert served == [drawn[0], drawn[1], drawn[3]]
+
+
+def test_decoding_ahead_is_bounded_and_stops_when_it_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(actors, "_CLIPS_AHEAD_BYTES", 3)
+    made: list[int] = []
+
+    def endless() -> Iterator[ClipFailure]:
+        while True:
+            made.append(len(made))
+            yield _failure(str(len(made)), None)
+
+    ahead = _DecodeAhead(endless(), clip_bytes=1)
+    time.sleep(0.5)
+    assert 1 <= len(made) <= 5
+    assert next(iter(ahead)).key == "1"
+    ahead.close()
+    num_made = len(made)
+    time.sleep(0.3)
+    assert len(made) == num_made
+
+
+def test_an_error_while_decoding_ahead_reaches_whoever_waits() -> None:
+    def broken() -> Iterator[ClipFailure]:
+        yield _failure("a", None)
+        raise OSError("gone")
+
+    ahead = _DecodeAhead(broken(), clip_bytes=1)
+    with pytest.raises(OSError, match="gone"):
+        list(ahead)
+    ahead.close()
+
+
+def test_rooms_of_dead_processes_are_removed_and_those_of_living_ones_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    dead = subprocess.Popen([sys.executable, "-c", "pass"])
+    dead.wait()
+    (tmp_path / f"latentmill-{dead.pid}-0-abc").mkdir()
+    me = psutil.Process()
+    (tmp_path / f"latentmill-{me.pid}-0-recycled").mkdir()
+    (tmp_path / "somebody-elses").mkdir()
+    mine, second = actors._make_room(), actors._make_room()
+    assert {path.name for path in tmp_path.iterdir()} == {mine.name, second.name, "somebody-elses"}
+
+
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> JobConfig:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    pack_clips(tmp_path / "in", 1)
+    flags = ["--input", str(tmp_path / "in"), "--output", str(tmp_path / "out"), "--model", "small"]
+    return parse_arguments([*flags, "--buckets", "64x64x9", "--clips-per-video", "1"])
+
+
+def _manifest(config: JobConfig, actor: EncodeActor, **changes: object) -> DatasetManifest:
+    facts = actor.start()
+    fields = {**config.encoding.fingerprint_fields("cpu"), "decoders": dict(facts.decoders), **changes}
+    return DatasetManifest(
+        format_version=1,
+        fingerprint=fingerprint_of(fields),
+        fingerprint_fields=fields,
+        model=facts.model,
+        kind="mean",
+        latent_dtype="float16",
+        passthrough={},
+    )
+
+
+def test_a_shard_is_committed_once_and_leaves_no_temporary_file(config: JobConfig, tmp_path: Path) -> None:
+    actor = EncodeActor(config, "0")
+    try:
+        store = open_store(config.run.output)
+        manifest = open_dataset(store, _manifest(config, actor))
+        (spec,) = plan_shards(config.source, store)
+        report = actor.process(spec, manifest)
+        assert (report.outcome, report.counts.num_records, report.counts.num_frames) == ("committed", 10, 90)
+        assert 0 < report.busy_share <= 1
+        assert report.num_bytes_in == sum(path.stat().st_size for path in CLIP_VIDEOS)
+        assert actor.process(spec, manifest).outcome == "already_done"
+        assert not list(tmp_path.glob("latentmill-*/*"))
+    finally:
+        actor.stop()
+    assert not list(tmp_path.glob("latentmill-*"))
+
+
+def test_a_worker_with_another_decoder_or_device_refuses_to_write(config: JobConfig) -> None:
+    actor = EncodeActor(config, "0")
+    try:
+        (spec,) = plan_shards(config.source, open_store(config.run.output))
+        for changes, named in (({"decoders": {"decord": "0.0"}}, "decoders"), ({"device_type": "cuda"}, "device")):
+            with pytest.raises(UsageError, match=named):
+                actor.process(spec, _manifest(config, actor, **changes))
+    finally:
+        actor.stop()

@@ -1,0 +1,76 @@
+"""The command `latentmill`, on committed outputs made without an encoder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import latents
+import pytest
+from PIL import Image
+
+from pipeline.cli import main
+from pipeline.commit import publish_snapshot, read_manifest
+from pipeline.records import Bucket
+
+VIDEO = Bucket(width_px=32, height_px=24, num_frames=9)
+
+
+@pytest.fixture
+def output(tmp_path: Path) -> Path:
+    """Two shards in both formats, three records and one rejection, and a snapshot."""
+    store = latents.output(
+        tmp_path / "out", [[latents.record("a", 0, VIDEO), latents.record("b", 0, VIDEO)]], output_format="both"
+    )
+    manifest = read_manifest(store)
+    assert manifest is not None
+    latents.commit_records(
+        store, manifest, "s001", [latents.record("c", 0, VIDEO)], [latents.rejection("d")], output_format="both"
+    )
+    publish_snapshot(store)
+    return tmp_path / "out"
+
+
+def test_inspect_says_what_an_output_holds(output: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(output), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["shards"], found["snapshot"]) == (2, 1)
+    assert (found["counts"]["num_records"], found["counts"]["num_videos_rejected"]) == (3, 1)
+    assert sum(found["rejections"].values()) == 1
+    assert (found["files"]["parquet files"], found["files"]["rejected files"]) == (2, 1)
+    assert main(["inspect", str(output)]) == 0
+    text = capsys.readouterr().out
+    assert "num_records              3" in text
+    assert found["fingerprint"] in text
+
+
+def test_urls_lists_the_committed_files_of_one_format(output: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for flags, ending in (([], ".parquet"), (["--format", "webdataset"], ".tar")):
+        assert main(["urls", str(output), *flags]) == 0
+        urls = capsys.readouterr().out.split()
+        assert len(urls) == 2
+        assert all(url.endswith(ending) and Path(url).is_file() for url in urls)
+
+
+def test_preview_draws_latents_without_a_model(output: Path, tmp_path: Path) -> None:
+    picture = tmp_path / "preview.png"
+    assert main(["preview", str(output), "-o", str(picture), "--model", "none", "--num-clips", "2"]) == 0
+    with Image.open(picture) as image:
+        assert image.format == "PNG"
+        assert image.height > 2 * 96
+
+
+def test_a_model_that_did_not_make_the_latents_is_refused(
+    output: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["preview", str(output), "-o", str(tmp_path / "a.png"), "--model", "small"]) == 2
+    assert "the latents come from" in capsys.readouterr().err
+    assert not (tmp_path / "a.png").exists()
+
+
+@pytest.mark.parametrize("command", [["inspect"], ["urls"], ["preview", "-o", "x.png"]])
+def test_a_folder_that_is_no_output_is_named(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([command[0], str(tmp_path), *command[1:]]) == 2
+    assert f"{tmp_path} is no output of Latentmill" in capsys.readouterr().err
