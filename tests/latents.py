@@ -162,7 +162,7 @@ def commit_records(
             num_records=len(records),
             num_clips_rejected=0,
             num_frames=sum(entry.bucket.num_frames for entry in records),
-            reasons=Counter(failure.reason for failure in rejections),
+            reasons=dict(Counter(failure.reason for failure in rejections)),
         ),
         format_version=1,
         code_version="0",
