@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -276,6 +277,12 @@ class CVVAE(nn.Module):
         self._chunk_latents = _whole_latents("chunk_frames", chunk_frames, TEMPORAL_COMPRESSION)
         self._tile_latents = _whole_latents("tile_px", tile_px, SPATIAL_COMPRESSION)
 
+    @overload
+    def encode(self, x: Tensor, return_dict: Literal[True] = True) -> EncoderOutput: ...
+
+    @overload
+    def encode(self, x: Tensor, return_dict: Literal[False]) -> tuple[LatentDistribution]: ...
+
     def encode(self, x: Tensor, return_dict: bool = True) -> EncoderOutput | tuple[LatentDistribution]:
         """The distribution of the latents of clips or images.
 
@@ -300,6 +307,16 @@ class CVVAE(nn.Module):
         moments = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
         distribution = LatentDistribution(moments if x.dim() == 5 else moments.squeeze(2))
         return EncoderOutput(distribution) if return_dict else (distribution,)
+
+    @overload
+    def decode(
+        self, z: Tensor, return_dict: Literal[True] = True, generator: torch.Generator | None = None
+    ) -> DecoderOutput: ...
+
+    @overload
+    def decode(
+        self, z: Tensor, return_dict: Literal[False], generator: torch.Generator | None = None
+    ) -> tuple[Tensor]: ...
 
     def decode(
         self, z: Tensor, return_dict: bool = True, generator: torch.Generator | None = None

@@ -43,14 +43,9 @@ def load_model(encoding: EncodingConfig, device: torch.device) -> cvvae.CVVAE:
     dtype = _DTYPES[encoding.compute_dtype_on(device.type)]
     try:
         vae = cvvae.load(encoding.model, encoding.subfolder, torch_dtype=dtype, revision=encoding.revision)
+        vae.set_chunking(encoding.chunk_frames, encoding.tile_px)
     except (cvvae.CheckpointError, OSError, ValueError) as error:
         raise UsageError(f"--model {encoding.model}: {error}") from error
-    if encoding.chunk_frames is not None:
-        vae.chunk_num_frames = encoding.chunk_frames or None
-    if encoding.tile_px is not None:
-        vae.tile_size_px = encoding.tile_px or None
-        if 0 < encoding.tile_px <= vae.tile_overlap_px:
-            raise UsageError(f"--tile-px: {encoding.tile_px} is not more than the overlap of {vae.tile_overlap_px} px")
     vae.to(device)
     return vae.eval().requires_grad_(False)
 

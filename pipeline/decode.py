@@ -27,7 +27,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -47,6 +47,7 @@ _WAITING_BYTES = 128 << 20
 # Files handed out ahead of the one whose clips are being taken, per child: short ones hide behind a long one.
 _FILES_AHEAD_PER_CHILD = 4
 _START_TIMEOUT_S = 120.0
+_START_ATTEMPTS = 3
 # Opening reads the whole file, some of it inside decord without a sign of life.
 _SLOWEST_READ_BYTES_PER_S = 20e6
 _POLL_S = 0.2
@@ -418,7 +419,7 @@ class DecodePool:
 
     def _start_child(self) -> _Child:
         try:
-            child = _Child(self._encoding, self._limits)
+            child = self._new_child()
         except OSError as error:
             raise DecodeChildError(f"a decode child cannot be started with {sys.executable}: {error}") from error
         with self._lock:
@@ -426,6 +427,13 @@ class DecodePool:
             if self._closed:
                 child.kill()
         return child
+
+    def _new_child(self) -> _Child:
+        for _ in range(_START_ATTEMPTS - 1):
+            # What kills a child may as well strike while it starts; only what strikes every time is a broken set-up.
+            with suppress(DecodeChildError):
+                return _Child(self._encoding, self._limits)
+        return _Child(self._encoding, self._limits)
 
     def give_back(self, child: _Child) -> None:
         """Makes a child idle, or ends it when it has decoded its share of files."""

@@ -30,7 +30,7 @@ def test_importing_the_pipeline_is_light() -> None:
 def test_a_training_machine_needs_neither_ray_nor_a_video_decoder() -> None:
     loaded = _loaded_after("from pipeline import LatentDataset")
     assert "torch" in loaded
-    assert not loaded & {"ray", "decord", "av", "cvvae", "fsspec", "s3fs"}
+    assert not loaded & {"ray", "decord", "av", "cvvae", "s3fs"}
 
 
 def test_a_decode_child_loads_neither_torch_nor_ray_nor_a_store() -> None:
