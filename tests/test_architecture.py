@@ -48,7 +48,7 @@ def test_every_module_opens_with_what_it_is(path: Path) -> None:
 def test_the_map_in_the_readme_shows_every_module_once_and_nothing_else() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     chart = readme.partition("## Map of the code")[2].partition("\n## ")[0]
-    named = re.findall(r"^\s*`((?:pipeline|cvvae|jobs)/[\w/]+\.py)`", chart.replace("| ", ""), flags=re.MULTILINE)
+    named = re.findall(r"^\|[ a-z]*\| `([\w/]+\.py)` \|", chart, flags=re.MULTILINE)
     assert sorted(named) == sorted(str(path.relative_to(ROOT)) for path in MODULES)
 
 
@@ -58,10 +58,11 @@ def test_every_make_target_that_the_readme_names_exists() -> None:
     assert {"demo", "test", "bench", "chaos"} <= named <= targets
 
 
-def test_every_flag_that_the_readme_names_is_known_to_the_job() -> None:
+def test_every_flag_that_the_readme_and_the_manifests_name_is_known_to_the_job() -> None:
     from pipeline.config import argument_parser
 
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    documents = [ROOT / "README.md", *sorted((ROOT / "infra").glob("*.yaml"))]
+    readme = "\n".join(path.read_text(encoding="utf-8").replace("\n    --", " --") for path in documents)
     known = {flag for action in argument_parser()._actions for flag in action.option_strings}
     commands = re.findall(r"encode_laion\.py((?:\\\n|[^\n`])*)", readme)
     used = {flag for command in commands for flag in re.findall(r"--[a-z][a-z0-9-]*", command)}

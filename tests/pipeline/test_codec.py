@@ -129,3 +129,19 @@ def test_a_latent_decodes_to_the_frames_of_its_clip() -> None:
     (record,) = _records(ClipEncoder(encoding, CPU), [_clip(0)])
     frames = LatentDecoder(encoding, CPU).decode(record.mean)
     assert (frames.shape, frames.dtype) == ((9, 32, 40, 3), np.uint8)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_latents_are_near_those_of_the_cpu_and_do_not_depend_on_the_batch() -> None:
+    encoding = _encoding("--compute-dtype", "float32", "--store-dtype", "float32", "--batch-frames", "1")
+    device = torch.device("cuda")
+    assert batch_size(BUCKET, encoding.batch_frames, "cuda") > 3
+    clips = [_clip(seed) for seed in range(3)]
+    encoder = ClipEncoder(encoding, device)
+    together = {record.key: record.mean for record in _records(encoder, clips)}
+    expected = {record.key: record.mean for record in _records(ClipEncoder(encoding, CPU), clips)}
+    for clip in clips:
+        (alone,) = _records(encoder, [clip])
+        np.testing.assert_array_equal(alone.mean, together[clip.key])
+        np.testing.assert_allclose(alone.mean, expected[clip.key], atol=2e-2)
