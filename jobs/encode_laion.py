@@ -16,7 +16,9 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -43,6 +45,8 @@ from pipeline.run import EXIT_INTERRUPTED, EXIT_MISMATCH, EXIT_UNDONE, EXIT_USAG
 
 def main(argv: Sequence[str]) -> int:
     """Runs the job; returns the exit code."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _interrupt)
     try:
         config = parse_arguments(argv)
     except UsageError as error:
@@ -62,7 +66,7 @@ def main(argv: Sequence[str]) -> int:
     except (UsageError, StorageError) as error:
         return _fail(EXIT_USAGE, error)
     except KeyboardInterrupt:
-        return _fail(EXIT_INTERRUPTED, LatentmillError("interrupted twice: stopped at once; the same command goes on"))
+        return _fail(EXIT_INTERRUPTED, LatentmillError("interrupted and stopped at once; the same command goes on"))
     except Exception as error:
         # A lost cluster or a defect of ours: what is committed stays, and whoever reads the result line is told so.
         traceback.print_exc()
@@ -73,6 +77,11 @@ def main(argv: Sequence[str]) -> int:
             server.server_close()
     _result(asdict(summary))
     return summary.exit_code
+
+
+def _interrupt(_number: int, _frame: object) -> None:
+    # A scheduler ends a job with SIGTERM; until the run has a handler of its own it counts as Ctrl-C.
+    raise KeyboardInterrupt
 
 
 def _fail(exit_code: int, error: Exception, **more: object) -> int:

@@ -209,8 +209,9 @@ class _Turns:
 class EncodeActor:
     """One encoder on one GPU, a fraction of one, or a group of CPU cores. Wrapped by `ray.remote` in `run`."""
 
-    def __init__(self, config: JobConfig, name: str) -> None:
+    def __init__(self, config: JobConfig, name: str, device_type: str) -> None:
         self._config = config
+        self._device_type = device_type
         self._name = name
         self._lock = threading.Lock()
         self._turns = _Turns()
@@ -226,12 +227,17 @@ class EncodeActor:
         """Loads the model and starts the decode children, once; cheap after that.
 
         Raises:
-            UsageError: the model cannot be loaded.
+            UsageError: the model cannot be loaded, or there is no GPU for an actor that was given one.
             DecodeChildError: decode children cannot be started here.
         """
         with self._lock:
             if self._encoder is None:
-                device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+                if self._device_type == "cuda" and not torch.cuda.is_available():
+                    raise UsageError(
+                        f"Ray gave {self!r} a GPU on {platform.node()}, but torch {torch.__version__} sees none: "
+                        "install a CUDA build of torch and a driver, or pass --gpus-per-actor 0 to encode on CPU cores"
+                    )
+                device = torch.device(self._device_type)
                 cores = self._config.encoding.cpus_on(device.type)
                 torch.set_num_threads(cores)
                 limits = self._config.decode

@@ -411,7 +411,8 @@ class _Pool:
     def __init__(self, config: JobConfig, num_shards: int, progress: Progress) -> None:
         has_gpu = ray.cluster_resources().get("GPU", 0) > 0
         num_gpus = config.run.gpus_per_actor if config.run.gpus_per_actor is not None else float(has_gpu)
-        num_cpus = config.encoding.cpus_on("cuda" if num_gpus else "cpu")
+        device_type = "cuda" if num_gpus else "cpu"
+        num_cpus = config.encoding.cpus_on(device_type)
         fitting = _num_places(num_cpus, num_gpus)
         if fitting == 0:
             progress.say(
@@ -427,7 +428,7 @@ class _Pool:
         )
         self._wanted = f"{num_actors} actors of {num_cpus} CPUs and {num_gpus:g} GPUs each"
         self._progress = progress
-        self.slots = [_Slot(index, actor.remote(config, str(index))) for index in range(num_actors)]
+        self.slots = [_Slot(index, actor.remote(config, str(index), device_type)) for index in range(num_actors)]
         self.starting = {slot.handle.start.remote(): slot for slot in self.slots}
 
     def start(self, interrupt: _Interrupt) -> WorkerFacts | None:
@@ -527,35 +528,47 @@ class _Dispatch:
             )
 
     def _hand_out(self) -> None:
-        for slot in self._pool.slots:
-            while slot.is_ready and self._waiting and self._may_take(slot, self._waiting[0]):
-                spec = self._waiting.popleft()
-                slot.held.add(spec.shard_id)
-                self._running[slot.handle.process.remote(spec, self._manifest)] = (spec, slot)
-            self._ledger.metrics.set("latentmill_queue_depth", len(slot.held), actor=str(slot.index))
+        # Every actor gets its first shard before any gets its second.
+        for num_held in range(_SHARDS_PER_ACTOR):
+            for slot in self._pool.slots:
+                if slot.is_ready and len(slot.held) == num_held and self._waiting:
+                    self._hand_to(slot)
 
-    def _may_take(self, slot: _Slot, spec: ShardSpec) -> bool:
-        if not slot.held:
-            return True
-        return len(slot.held) < _SHARDS_PER_ACTOR and not self._suspects & {spec.shard_id, *slot.held}
+    def _hand_to(self, slot: _Slot) -> None:
+        spec = self._waiting[0]
+        if slot.held and self._suspects & {spec.shard_id, *slot.held}:
+            return
+        self._waiting.popleft()
+        slot.held.add(spec.shard_id)
+        self._running[slot.handle.process.remote(spec, self._manifest)] = (spec, slot)
+        self._note_depth(slot)
+
+    def _note_depth(self, slot: _Slot) -> None:
+        self._ledger.metrics.set("latentmill_queue_depth", len(slot.held), actor=str(slot.index))
 
     def _take_back(self, timeout_s: float) -> None:
-        ready, _ = ray.wait([*self._running, *self._pool.starting], timeout=timeout_s)
-        for reference in ready:
-            if reference in self._pool.starting:
-                self._pool.admit(reference)
-                continue
-            spec, slot = self._running.pop(reference)
-            slot.held.discard(spec.shard_id)
-            try:
-                self._ledger.add(ray.get(reference), slot.index)
-            except RayTaskError as error:
-                if isinstance(error.cause, UsageError | ConfigMismatchError):
-                    raise error.cause from error
-                self._try_again(spec, _message(error.cause))
-            except RayActorError as error:
-                self._suspects.add(spec.shard_id)
-                self._try_again(spec, f"the worker process died: {_first_line(error)}")
+        pending = [*self._running, *self._pool.starting]
+        if ray.wait(pending, timeout=timeout_s)[0]:
+            # The first has come; all others that are there come along.
+            for reference in ray.wait(pending, num_returns=len(pending), timeout=0)[0]:
+                self._take(reference)
+
+    def _take(self, reference: Any) -> None:
+        if reference in self._pool.starting:
+            self._pool.admit(reference)
+            return
+        spec, slot = self._running.pop(reference)
+        slot.held.discard(spec.shard_id)
+        self._note_depth(slot)
+        try:
+            self._ledger.add(ray.get(reference), slot.index)
+        except RayTaskError as error:
+            if isinstance(error.cause, UsageError | ConfigMismatchError):
+                raise error.cause from error
+            self._try_again(spec, _message(error.cause))
+        except RayActorError as error:
+            self._suspects.add(spec.shard_id)
+            self._try_again(spec, f"the worker process died: {_first_line(error)}")
 
     def _try_again(self, spec: ShardSpec, message: str) -> None:
         self._attempts[spec.shard_id] += 1

@@ -9,7 +9,7 @@ import contextlib
 import hashlib
 import json
 import os
-import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -142,27 +142,44 @@ def tree_of(folder: Path) -> dict[str, tuple[int, int]]:
 
 
 @contextlib.contextmanager
-def ray_cluster(env: Mapping[str, str], num_cpus: int, first_port: int, folder: Path) -> Iterator[str]:
-    """A Ray head node with a job server, as a user starts one; gives the address for `ray job submit`."""
+def ray_cluster(env: Mapping[str, str], num_cpus: Sequence[int], first_port: int, folder: Path) -> Iterator[str]:
+    """A Ray head with a job server and further nodes, started as users start them; gives the job server's address.
+
+    Args:
+        num_cpus: CPUs of each node, the head's first.
+    """
     gcs, dashboard, client, agent = range(first_port, first_port + 4)
-    log = (folder / "ray-head.log").open("w+")
-    command = ["ray", "start", "--head", "--block", f"--port={gcs}", f"--dashboard-port={dashboard}"]
-    command += [f"--ray-client-server-port={client}", f"--dashboard-agent-listen-port={agent}"]
-    command += ["--dashboard-host=127.0.0.1", "--node-ip-address=127.0.0.1", f"--num-cpus={num_cpus}"]
-    command += ["--object-store-memory=100000000", "--disable-usage-stats"]
-    command[0] = str(Path(sys.executable).parent / "ray")
-    head = psutil.Popen(
-        command, env={**os.environ, **env}, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-    )
-    try:
-        yield f"http://127.0.0.1:{dashboard}"
-    finally:
-        tree = head.children(recursive=True)
-        head.send_signal(signal.SIGTERM)
-        with contextlib.suppress(psutil.TimeoutExpired):
-            head.wait(20)
-        for process in [head, *tree]:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-        psutil.wait_procs([head, *tree], timeout=30)
-        log.close()
+    common = [str(Path(sys.executable).parent / "ray"), "start", "--block", "--node-ip-address=127.0.0.1"]
+    common += ["--object-store-memory=100000000", "--disable-usage-stats"]
+    head = ["--head", f"--port={gcs}", f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1"]
+    head += [f"--ray-client-server-port={client}", f"--dashboard-agent-listen-port={agent}"]
+    nodes: list[psutil.Popen] = []
+    with (folder / "ray.log").open("w+") as log:
+
+        def start(*flags: str) -> None:
+            command = [*common, *flags]
+            environment = {**os.environ, **env}
+            node = psutil.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+            nodes.append(node)
+
+        try:
+            start(*head, f"--num-cpus={num_cpus[0]}")
+            _wait_for_port(gcs)
+            for count in num_cpus[1:]:
+                start(f"--address=127.0.0.1:{gcs}", f"--num-cpus={count}")
+            yield f"http://127.0.0.1:{dashboard}"
+        finally:
+            trees = [node.children(recursive=True) for node in nodes]
+            for process in [*nodes, *(process for tree in trees for process in tree)]:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+            psutil.wait_procs([*nodes, *(process for tree in trees for process in tree)], timeout=30)
+
+
+def _wait_for_port(port: int, timeout_s: float = 60) -> None:
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"nothing listens on port {port} after {timeout_s} s")

@@ -204,7 +204,7 @@ def test_metrics_of_a_run_are_served_while_it_runs(shards: Path, ray_home: Mappi
     assert 0 < seen["latentmill_encoder_busy_ratio", "0"] <= 1
 
 
-def test_a_job_submitted_to_a_cluster_writes_the_same_bytes_to_s3_with_four_actors(
+def test_a_job_submitted_to_two_nodes_writes_the_same_bytes_to_s3_with_four_actors(
     undisturbed: tuple[Path, Outcome],
     shards: Path,
     ray_home: Mapping[str, str],
@@ -214,10 +214,12 @@ def test_a_job_submitted_to_a_cluster_writes_the_same_bytes_to_s3_with_four_acto
     output = s3_env.root()
     env = {**ray_home, **s3_env.env, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16)}
     job = [*_flags(shards, output), "--num-actors", "4", "--cpus-per-actor", "1", "--progress", "json"]
-    with ray_cluster(env, num_cpus=4, first_port=free_ports(4), folder=tmp_path) as address:
+    with ray_cluster(env, num_cpus=(2, 2), first_port=free_ports(4), folder=tmp_path) as address:
         _wait_for(address)
-        first = _submit(address, env, job)
-        second = _submit(address, env, job)
+        first, said = _submit(address, env, job)
+        second, _ = _submit(address, env, job)
+    assert '"event": "ray"' in said
+    assert "4 CPUs, 0 GPUs on 2 nodes" in said
     assert first["exit_code"] == second["exit_code"] == 0
     assert (first["num_shards_done"], first["num_records"]) == (NUM_SHARDS, len(MEDIA))
     assert (second["num_shards_done"], second["num_shards_done_before"]) == (0, NUM_SHARDS)
@@ -241,7 +243,7 @@ def _wait_for(address: str) -> None:
     raise AssertionError(f"no Ray job server at {address}")
 
 
-def _submit(address: str, env: Mapping[str, str], job: list[str]) -> dict[str, object]:
+def _submit(address: str, env: Mapping[str, str], job: list[str]) -> tuple[dict[str, object], str]:
     ray = str(Path(sys.executable).parent / "ray")
     command = [ray, "job", "submit", "--address", address, "--working-dir", ".", "--", sys.executable]
     done = subprocess.run(
@@ -255,4 +257,4 @@ def _submit(address: str, env: Mapping[str, str], job: list[str]) -> dict[str, o
     )
     results = [line for line in done.stdout.splitlines() if line.startswith('{"exit_code"')]
     assert results, done.stdout[-4000:] + done.stderr[-4000:]
-    return dict(json.loads(results[-1]))
+    return json.loads(results[-1]), done.stdout + done.stderr

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 from builders import CLIP_VIDEOS, pack_clips
 
 import pipeline.actors as actors
@@ -125,7 +126,7 @@ def _manifest(config: JobConfig, actor: EncodeActor, **changes: object) -> Datas
 
 
 def test_a_shard_is_committed_once_and_leaves_no_temporary_file(config: JobConfig, tmp_path: Path) -> None:
-    actor = EncodeActor(config, "0")
+    actor = EncodeActor(config, "0", "cpu")
     try:
         store = open_store(config.run.output)
         manifest = open_dataset(store, _manifest(config, actor))
@@ -142,7 +143,7 @@ def test_a_shard_is_committed_once_and_leaves_no_temporary_file(config: JobConfi
 
 
 def test_a_worker_with_another_decoder_or_device_refuses_to_write(config: JobConfig) -> None:
-    actor = EncodeActor(config, "0")
+    actor = EncodeActor(config, "0", "cpu")
     try:
         (spec,) = plan_shards(config.source, open_store(config.run.output))
         for changes, named in (({"decoders": {"decord": "0.0"}}, "decoders"), ({"device_type": "cuda"}, "device")):
@@ -150,3 +151,11 @@ def test_a_worker_with_another_decoder_or_device_refuses_to_write(config: JobCon
                 actor.process(spec, _manifest(config, actor, **changes))
     finally:
         actor.stop()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_an_actor_that_was_given_a_gpu_never_falls_back_to_the_cpu(config: JobConfig) -> None:
+    actor = EncodeActor(config, "0", "cuda")
+    with pytest.raises(UsageError, match="sees none"):
+        actor.start()
+    actor.stop()
