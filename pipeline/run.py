@@ -23,7 +23,7 @@ import torch
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from pipeline.actors import EncodeActor, ShardReport, WorkerFacts
-from pipeline.codec import load_model
+from pipeline.codec import CPU_ENVIRONMENT, load_model
 from pipeline.commit import (
     Snapshot,
     check_store,
@@ -425,6 +425,7 @@ class _Pool:
             max_restarts=-1,
             max_task_retries=0,
             max_concurrency=_SHARDS_PER_ACTOR + 1,
+            runtime_env={} if num_gpus else {"env_vars": CPU_ENVIRONMENT},
         )
         self._wanted = f"{num_actors} actors of {num_cpus} CPUs and {num_gpus:g} GPUs each"
         self._progress = progress
