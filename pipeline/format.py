@@ -110,13 +110,13 @@ _LATENT_DTYPES: Mapping[str, np.dtype[Any]] = {"float16": np.dtype("<f2"), "floa
 # latents; one thread of a shared x86-64 machine, pyarrow 26.0; size against raw, MiB/s, and the milliseconds that one
 # random row costs; speeds differ up to twofold from run to run):
 #   row group  codec   encoding  size   write  read  row ms
-#      1 MiB   zstd 1  plain     0.922    184  1258     1.2
-#     16 MiB   zstd 1  plain     0.922    256   833    16.5   <- chosen
-#     64 MiB   zstd 1  plain     0.922    362   983    62.9
-#     16 MiB   none    plain     1.000    750  6059     2.3
-#     16 MiB   zstd 3  plain     0.916    256   626    16.3
-#     16 MiB   zstd 9  plain     0.922    362  1158    13.6
-#     16 MiB   zstd 1  split     0.813    139   745    26.1
+#      1 MiB   zstd 1  plain     0.922    603  1159     1.0
+#     16 MiB   zstd 1  plain     0.922    488  1061    13.4   <- chosen
+#     64 MiB   zstd 1  plain     0.922    521  1195    53.7
+#     16 MiB   none    plain     1.000    891  7670     2.4
+#     16 MiB   zstd 3  plain     0.916    399   992    16.6
+#     16 MiB   zstd 9  plain     0.922    395  1249    13.2
+#     16 MiB   zstd 1  split     0.813    218   749    25.3
 # Mantissas hardly compress, so a level above 1 buys next to nothing. Small row groups do not cost size; tens of MB
 # keep the requests to a remote store few. Byte-stream-split saves a tenth more, but Parquet has it for numbers only:
 # the latent would be a list of half floats instead of bytes that every reader can look at without conversion.
