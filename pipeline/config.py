@@ -283,6 +283,7 @@ class RunConfig:
     )
     dry_run: bool = _option("say what would be done and stop", _yes_no("dry_run"), False, is_switch=True)
     retry_failed: tuple[str, ...] = _option("encode rejections of these reasons again", _reasons, ())
+    text_encoder: str | None = _option("also encode captions; not available in this version", str, None)
     metrics_port: int | None = _option(
         "serve Prometheus metrics on 127.0.0.1:PORT (0: any free one)", _whole("metrics-port", 0), None
     )

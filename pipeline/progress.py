@@ -98,7 +98,8 @@ class Progress:
     def show(self, standing: Standing, is_last: bool = False) -> None:
         """Shows a standing; plain and JSON lines appear every ten seconds and at the end."""
         if self._live is not None:
-            self._live.update(Text(standing.line()))
+            # A line that wraps would be drawn again below itself.
+            self._live.update(Text(standing.line(), no_wrap=True, overflow="ellipsis"))
             return
         now = time.monotonic()
         if now - self._last_shown_s < _PLAIN_INTERVAL_S and not is_last:

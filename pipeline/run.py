@@ -124,6 +124,8 @@ def run(config: JobConfig, progress: Progress, metrics: RunMetrics) -> RunSummar
     """
     if config.run.retry_failed:
         raise UsageError("--retry-failed is not available in this version; rejections stay recorded as they are")
+    if config.run.text_encoder is not None:
+        raise UsageError("--text-encoder is not available in this version; captions are stored as text")
     started = time.monotonic()
     store = open_store(config.run.output)
     stored = read_manifest(store)

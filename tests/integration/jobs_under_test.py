@@ -105,8 +105,10 @@ class RunningJob:
             self._note_tree()
             time.sleep(0.1)
         self._stdout.seek(0)
-        lines = self._stdout.read().splitlines()
-        return Outcome(self.process.returncode, json.loads(lines[-1]) if lines else {}, self.said())
+        # A driver that was killed, or that Ray took down with its raylet, leaves no result but perhaps Ray's last words.
+        results = [line for line in self._stdout.read().splitlines() if line.startswith("{")]
+        result = json.loads(results[-1]) if results else {}
+        return Outcome(self.process.returncode, result, self.said())
 
 
 def run_job(flags: Sequence[str], env: Mapping[str, str], cwd: Path | None = None) -> Outcome:

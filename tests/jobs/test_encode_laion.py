@@ -35,6 +35,7 @@ def _run(flags: list[str], folder: Path, capsys: pytest.CaptureFixture[str]) -> 
         (["--config", "{tmp}/job.yaml"], "colour"),
         (["--config", "{tmp}/nowhere.yaml"], "nowhere.yaml"),
         (["--retry-failed", "timeout"], "--retry-failed"),
+        (["--text-encoder", "some/model"], "--text-encoder"),
     ],
 )
 def test_wrong_use_is_exit_code_2_with_a_message_that_names_the_culprit(
