@@ -105,7 +105,7 @@ class RunningJob:
             self._note_tree()
             time.sleep(0.1)
         self._stdout.seek(0)
-        # A driver that was killed, or that Ray took down with its raylet, leaves no result but perhaps Ray's last words.
+        # A driver that was killed, or that Ray took down with its raylet, leaves no result.
         results = [line for line in self._stdout.read().splitlines() if line.startswith("{")]
         result = json.loads(results[-1]) if results else {}
         return Outcome(self.process.returncode, result, self.said())
