@@ -30,7 +30,7 @@ from contextlib import closing
 from dataclasses import dataclass, field
 
 from pipeline.config import DecodeLimits, EncodingConfig
-from pipeline.errors import RejectionError, StorageError, StorageNotFoundError
+from pipeline.errors import RejectionError, StorageError, StorageNotFoundError, UsageError
 from pipeline.inputs import (
     MEDIA_KINDS,
     SliceEntry,
@@ -302,6 +302,9 @@ def _open_entry(
         return _failure(entry.key, error.reason, error.message, entry.uri or spec.source_uri)
     except StorageNotFoundError as error:
         return _failure(entry.key, "not_found", str(error), entry.uri)
+    except UsageError as error:
+        # One row with an address that no store takes must not end the run.
+        return _failure(entry.key, "not_allowed", str(error), entry.uri)
     finally:
         if media is not None:
             media.close()

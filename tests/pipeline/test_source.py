@@ -471,6 +471,20 @@ def test_rows_that_cannot_be_had_are_rejected_one_by_one(tmp_path: Path) -> None
     assert not any("secret" in failure.message for failure in drained.failures)
 
 
+def test_an_address_that_no_store_takes_is_the_rejection_of_its_row(tmp_path: Path) -> None:
+    (tmp_path / "a.mp4").write_bytes(GOOD)
+    odd = {
+        "space": "s3://my bucket/x.mp4",
+        "umlaut": "s3://b\u00fccket/x.mp4",
+        "no package": "abfs://container/x.mp4",
+    }
+    lines = [json.dumps({"key": key, "url": address}) for key, address in {**odd, "good": "a.mp4"}.items()]
+    (tmp_path / "table.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    drained = read_input(tmp_path / "table.jsonl", tmp_path / "out")
+    assert list(drained.videos) == ["good"]
+    assert drained.reasons == dict.fromkeys(odd, "not_allowed")
+
+
 def test_a_file_name_that_is_no_text_is_rejected_and_can_be_stored(tmp_path: Path) -> None:
     folder = tmp_path / "in"
     folder.mkdir()
