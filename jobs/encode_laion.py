@@ -67,6 +67,8 @@ def main(argv: Sequence[str]) -> int:
         return _fail(EXIT_USAGE, error)
     except KeyboardInterrupt:
         return _fail(EXIT_INTERRUPTED, LatentmillError("interrupted and stopped at once; the same command goes on"))
+    except LatentmillError as error:
+        return _fail(EXIT_UNDONE, error)
     except Exception as error:
         # A lost cluster or a defect of ours: what is committed stays, and whoever reads the result line is told so.
         traceback.print_exc()

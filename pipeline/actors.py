@@ -10,6 +10,7 @@ and while one is uploaded and committed the next is encoded: the encoder does no
 
 from __future__ import annotations
 
+import fcntl
 import os
 import platform
 import queue
@@ -20,11 +21,11 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 
-import psutil
 import torch
 
 import pipeline
@@ -32,7 +33,7 @@ from pipeline.codec import ClipEncoder
 from pipeline.commit import commit_shard, put_data_file, read_commit
 from pipeline.config import JobConfig
 from pipeline.decode import DecodePool, decoder_versions
-from pipeline.errors import UsageError
+from pipeline.errors import DecodeChildError, UsageError
 from pipeline.format import FORMAT_VERSION, ShardWriter, WrittenFile
 from pipeline.records import (
     Clip,
@@ -51,7 +52,8 @@ from pipeline.storage import ObjectStore, open_store
 
 # Clips decoded ahead of the encoder, per shard in flight: enough to hide a slow video, bounded whatever the bucket.
 _CLIPS_AHEAD_BYTES = 256 << 20
-_ROOM_PREFIX = "latentmill-"
+_ROOM_PREFIX = "latentmill-actor-"
+_LOCK_NAME = "owner.lock"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -218,7 +220,8 @@ class EncodeActor:
         self._encoder: ClipEncoder | None = None
         self._decode_pool: DecodePool | None = None
         self._store: ObjectStore = open_store(config.run.output)
-        self._room = _make_room()
+        self._is_stopping = False
+        self._room = _Room()
 
     def __repr__(self) -> str:
         return f"encoder[{self._name}]"
@@ -297,8 +300,8 @@ class EncodeActor:
         encoding = self._config.encoding
         videos = _Counted(iterate_videos(spec, self._store, encoding, self._config.decode))
         largest = max(bucket.num_bytes for bucket in encoding.buckets)
+        directory = Path(tempfile.mkdtemp(dir=self._room.path))
         ahead = _DecodeAhead(self._decode_pool.decode(videos), largest)
-        directory = Path(tempfile.mkdtemp(dir=self._room))
         try:
             self._turns.wait_for(turn)
             encoded = self._encode(spec, manifest, ahead, directory)
@@ -312,6 +315,9 @@ class EncodeActor:
                 for f in encoded.files
             )
             uploaded = time.perf_counter()
+            if self._is_stopping:
+                # Children that this actor itself killed may stand as rejections in what is about to be committed.
+                raise DecodeChildError(f"shard {spec.shard_id} was given up because its actor is being stopped")
             commit = _new_commit(spec, manifest, files, encoded.counts)
             outcome = commit_shard(self._store, commit)
             timings_s = {**encoded.timings_s, "upload": uploaded - started, "commit": time.perf_counter() - uploaded}
@@ -357,9 +363,10 @@ class EncodeActor:
 
     def stop(self) -> None:
         """Ends the decode children and removes the temporary files of this actor."""
+        self._is_stopping = True
         if self._decode_pool is not None:
             self._decode_pool.close()
-        shutil.rmtree(self._room, ignore_errors=True)
+        self._room.close()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -415,25 +422,26 @@ def _done_already(commit: Commit) -> ShardReport:
     )
 
 
-def _make_room() -> Path:
+class _Room:
     """A private folder for this process's temporary files; those of dead processes are removed on the way.
 
-    A killed actor cannot clean up after itself. The process id with its start time names the owner, so that a
-    recycled id is not taken for a living one.
+    A killed actor cannot clean up after itself, but the lock on a file in its room ends with it, also across
+    containers that share a folder and not their process ids. Whatever has no such file is somebody else's.
     """
-    parent = Path(tempfile.gettempdir())
-    for left in parent.glob(f"{_ROOM_PREFIX}*"):
-        pid, started, _ = [*left.name.removeprefix(_ROOM_PREFIX).split("-"), "", ""][:3]
-        if not _is_running(pid, started):
-            shutil.rmtree(left, ignore_errors=True)
-    me = psutil.Process()
-    return Path(tempfile.mkdtemp(prefix=f"{_ROOM_PREFIX}{me.pid}-{me.create_time():.0f}-", dir=parent))
 
+    def __init__(self) -> None:
+        parent = Path(tempfile.gettempdir())
+        for lock in parent.glob(f"{_ROOM_PREFIX}*/{_LOCK_NAME}"):
+            with suppress(OSError), lock.open("rb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(lock.parent, ignore_errors=True)
+        self.path = Path(tempfile.mkdtemp(prefix=_ROOM_PREFIX, dir=parent))
+        unlocked = self.path / f"{_LOCK_NAME}.new"
+        self._lock = unlocked.open("wb")
+        fcntl.flock(self._lock, fcntl.LOCK_EX)
+        unlocked.rename(self.path / _LOCK_NAME)
 
-def _is_running(pid: str, started: str) -> bool:
-    try:
-        return f"{psutil.Process(int(pid)).create_time():.0f}" == started
-    except (psutil.NoSuchProcess, ValueError):
-        return False
-    except psutil.AccessDenied:
-        return True
+    def close(self) -> None:
+        """Removes the room."""
+        shutil.rmtree(self.path, ignore_errors=True)
+        self._lock.close()

@@ -152,8 +152,9 @@ class ClipEncoder:
                 f"--batch-frames (now {self._encoding.batch_frames}), give --tile-px, or give the actor more of the GPU"
             ) from error
         except RuntimeError as error:
-            # After most CUDA errors the context is lost and every later clip would fail too: that ends the attempt.
-            if self.device.type == "cuda":
+            # After most CUDA errors the context is lost and every later clip would fail too; want of memory says
+            # something of the machine and nothing of the clip. Both end the attempt.
+            if self.device.type == "cuda" or "alloc" in str(error).lower():
                 raise
             yield from (_failure(clip, "encode_error", f"the encoder failed: {error}") for clip in batch)
         finally:

@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -26,6 +29,10 @@ from pipeline.stored import RecordFile, StoredRecord, open_records
 
 _READ_COLUMNS = ("caption", "fps", "bucket")
 _MAX_FETCHES = 10
+_KEPT = re.compile(r"[0-9a-f]{64}\.(parquet|webdataset)")
+_PARTIAL = re.compile(_KEPT.pattern + r"\.[0-9a-f]{32}\.partial")
+# Longer than any fetch of one file takes; what a killed process left behind may go then.
+_ABANDONED_AFTER_S = 86_400.0
 _V = TypeVar("_V")
 
 
@@ -122,7 +129,7 @@ class RowReader:
         return self._groups.get(
             (file, group),
             lambda: opened.records.read_group(group, self._columns),
-            lambda records: sum(record.latent.nbytes for record in records),
+            lambda records: sum(record.latent.nbytes + _text_bytes(record.columns) for record in records),
         )[index]
 
     def _opened(self, file: int) -> _OpenFile:
@@ -174,7 +181,7 @@ class FileCache:
     """Verified bytes of committed files: mapped in place where the store is a local folder, else kept in a folder.
 
     Kept files are named by their SHA-256, so datasets and processes share the folder; one appears under its name
-    complete, and a file that is removed while it is mapped stays readable.
+    complete, and a file that is removed while it is mapped stays readable. Other files in the folder are left alone.
     """
 
     def __init__(self, folder: Path, limit_bytes: int) -> None:
@@ -221,7 +228,8 @@ class FileCache:
         partial = path.with_name(f"{path.name}.{uuid4().hex}.partial")
         try:
             fetch_data_file(store, stat, partial)
-            partial.replace(path)
+            with suppress(FileNotFoundError):  # somebody emptied the folder; the caller fetches again
+                partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)
         self._make_room(path)
@@ -229,11 +237,10 @@ class FileCache:
     def _make_room(self, newest: Path) -> None:
         kept: list[tuple[float, int, Path]] = []
         for path in self._folder.iterdir():
-            try:
+            with suppress(FileNotFoundError):
                 status = path.stat()
-            except FileNotFoundError:
-                continue
-            kept.append((status.st_mtime, status.st_size, path))
+                if _KEPT.fullmatch(path.name) or (_PARTIAL.fullmatch(path.name) and _is_abandoned(status.st_mtime)):
+                    kept.append((status.st_mtime, status.st_size, path))
         num_bytes = sum(size for _, size, _ in kept)
         for _, size, path in sorted(kept):
             if num_bytes <= self._limit_bytes:
@@ -241,6 +248,14 @@ class FileCache:
             if path != newest:
                 path.unlink(missing_ok=True)
                 num_bytes -= size
+
+
+def _text_bytes(columns: Mapping[str, object]) -> int:
+    return sum(len(value) for value in columns.values() if isinstance(value, str))
+
+
+def _is_abandoned(changed_at: float) -> bool:
+    return time.time() - changed_at > _ABANDONED_AFTER_S
 
 
 def _mapped(path: Path) -> pa.Buffer:

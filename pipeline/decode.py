@@ -74,12 +74,19 @@ class _StoppedError(Exception):
 
 
 class _ChildLostError(Exception):
-    """A child died, stayed silent or broke its protocol; it has been killed."""
+    """A child died, stayed silent or broke its protocol; it has been killed.
 
-    def __init__(self, reason: str, message: str) -> None:
-        super().__init__(reason, message)
+    Args:
+        reason: one of `records.REASONS`.
+        message: what happened, the same for the same file every time.
+        details: for the log: with the process and its last words.
+    """
+
+    def __init__(self, reason: str, message: str, details: str) -> None:
+        super().__init__(reason, message, details)
         self.reason = reason
         self.message = message
+        self.details = details
 
 
 class _Child:
@@ -122,7 +129,7 @@ class _Child:
             answer = self.ask(_configuration(encoding, limits), _START_TIMEOUT_S)
         except _ChildLostError as lost:
             self._close_files()
-            raise DecodeChildError(f"a decode child did not start: {lost.message}") from lost
+            raise DecodeChildError(f"a decode child did not start: {lost.details}") from lost
         self.sandbox: Mapping[str, object] = answer["sandbox"]
 
     def open(self, video: SourceVideo, first_clip: int, stop: Callable[[], bool]) -> dict[str, Any]:
@@ -156,16 +163,16 @@ class _Child:
                 answer = self._receive(patience_s, stop)
                 if answer["type"] == "out_of_memory":
                     self.kill()
-                    raise _ChildLostError("out_of_memory", self._says(f"no memory was left: {answer['message']}"))
+                    raise self._lost("out_of_memory", "no memory was left", str(answer["message"]))
                 if answer["type"] != "alive":
                     return answer
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise self.broken(f"the conversation broke off: {error}") from error
+            raise self.broken("the conversation broke off", str(error)) from error
 
-    def broken(self, what: str) -> _ChildLostError:
+    def broken(self, what: str, why: str = "") -> _ChildLostError:
         """Ends the child because it does not keep to the protocol; returns the error to raise."""
         self.kill()
-        return _ChildLostError("decoder_crash", self._says(what))
+        return self._lost("decoder_crash", what, why)
 
     def _receive(self, patience_s: float, stop: Callable[[], bool]) -> dict[str, Any]:
         silent_until_s = time.monotonic() + patience_s
@@ -174,7 +181,7 @@ class _Child:
                 raise _StoppedError
             if time.monotonic() > silent_until_s:
                 self.kill()
-                raise _ChildLostError("timeout", self._says(f"silent for {patience_s:.1f} s, killed"))
+                raise self._lost("timeout", f"silent for {patience_s:.1f} s, killed")
         data = self._connection.recv(MAX_MESSAGE_BYTES)
         if not data:
             raise self._death()
@@ -196,7 +203,7 @@ class _Child:
             how = f"ended with exit status {status}"
         # C++ code has no other way to say that an allocation failed.
         is_memory = any(name in log for name in ("bad_alloc", "MemoryError", "Cannot allocate memory"))
-        return _ChildLostError("out_of_memory" if is_memory else "decoder_crash", self._says(how))
+        return self._lost("out_of_memory" if is_memory else "decoder_crash", how)
 
     def read_clip(self, answer: Mapping[str, Any], video: SourceVideo) -> Clip:
         """The clip of an answer, its frames copied out of the shared memory.
@@ -227,7 +234,7 @@ class _Child:
                 source_uri=video.source_uri,
             )
         except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
-            raise self.broken(f"its clip makes no sense: {error}") from error
+            raise self.broken("its clip makes no sense", str(error)) from error
 
     def _copy(self, target: np.ndarray[Any, Any], offset: int) -> None:
         rest = target.reshape(-1).data.cast("B")
@@ -260,9 +267,15 @@ class _Child:
         tail = os.pread(self._log_fd, _LOG_TAIL_BYTES, max(0, size - _LOG_TAIL_BYTES))
         return _printable(tail.decode("utf-8", "backslashreplace"))
 
-    def _says(self, what: str) -> str:
-        log = self._log_tail().strip()
-        return f"decode child {self._process.pid}: {_printable(what)}" + (f"; its log ends: {log}" if log else "")
+    def _lost(self, reason: str, what: str, why: str = "") -> _ChildLostError:
+        """The error of a lost child; `what` is the same for the same file every time, and goes into the output."""
+        details = f"decode child {self._process.pid}: {what}"
+        if why:
+            details += f": {_printable(why)}"
+        if log := self._log_tail().strip():
+            details += f"; its log ends: {log}"
+        _log.warning("%s", details)
+        return _ChildLostError(reason, what, details)
 
 
 def _times_offset(bucket: Bucket) -> int:
@@ -417,6 +430,16 @@ class DecodePool:
                 return child
             self.discard(child)
 
+    def refuse_if_closed(self) -> None:
+        """Tells a child that was lost by itself from one that `close` has killed.
+
+        Raises:
+            DecodeChildError: the pool is closed.
+        """
+        with self._lock:
+            if self._closed:
+                raise DecodeChildError("the decode pool is closed")
+
     def _start_child(self) -> _Child:
         try:
             child = self._new_child()
@@ -531,6 +554,7 @@ class _FileInWork:
                 self._go_on(child)
             except _ChildLostError as lost:
                 self._pool.discard(child)
+                self._pool.refuse_if_closed()
                 self._num_losses += 1
                 if self._num_losses == 2:
                     return self._give_up(lost.reason, f"twice, the second time: {lost.message}")
@@ -547,13 +571,13 @@ class _FileInWork:
             return self._give_up(*_rejection(child, answer))
         num_clips = answer.get("num_clips")
         if answer["type"] != "opened" or not isinstance(num_clips, int):
-            raise child.broken(f"it was asked to open a file and answered {answer}")
+            raise child.broken("it was asked to open a file and answered otherwise", str(answer))
         self._num_clips = num_clips
         while self._next_clip < self._num_clips:
             with self._pool.permit(self._stop):
                 answer = child.next(self._stop)
             if answer.get("clip_index") != self._next_clip:
-                raise child.broken(f"it was asked for clip {self._next_clip} and answered {answer}")
+                raise child.broken(f"it was asked for clip {self._next_clip} and answered otherwise", str(answer))
             if answer["type"] == "clip":
                 entry: Clip | ClipFailure = child.read_clip(answer, self._video)
             else:
@@ -584,5 +608,5 @@ def _rejection(child: _Child, answer: Mapping[str, Any]) -> tuple[str, str]:
     """Reason and message of a rejection; a taken-over child may say anything."""
     reason, message = answer.get("reason"), answer.get("message")
     if reason not in REASONS or not isinstance(message, str):
-        raise child.broken(f"its rejection makes no sense: {answer}")
+        raise child.broken("its rejection makes no sense", str(answer))
     return str(reason), _printable(message)

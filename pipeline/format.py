@@ -430,10 +430,11 @@ class _ParquetFile:
         stored = dict(row)
         if "latent" in stored:
             stored["latent"] = encode_latent(stored["latent"], stored["latent_dtype"])
-            self._num_bytes += len(stored["latent"])
         if stored.get("extra") is not None:
             stored["extra"] = _json_text(stored["extra"])
         self._rows.append(stored)
+        # Texts count as latents do: a video of many clips may have megabytes of JSON beside it, once for each clip.
+        self._num_bytes += sum(len(value) for value in stored.values() if isinstance(value, str | bytes))
         self.num_rows += 1
         if self._num_bytes >= _ROW_GROUP_BYTES or len(self._rows) >= _ROW_GROUP_ROWS:
             self._flush()

@@ -15,12 +15,13 @@ from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from types import FrameType
 from typing import Any
 
 import ray
 import torch
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import ActorDiedError, RayActorError, RayError, RayTaskError
 
 from pipeline.actors import EncodeActor, ShardReport, WorkerFacts
 from pipeline.codec import CPU_ENVIRONMENT, load_model
@@ -49,10 +50,15 @@ EXIT_OK, EXIT_USAGE, EXIT_MISMATCH, EXIT_UNDONE, EXIT_REJECTED, EXIT_INTERRUPTED
 RESULT_VERSION = 1
 # One shard is encoded while the next decodes; a third would only hold memory.
 _SHARDS_PER_ACTOR = 2
+_LOOK_AHEAD = 100
 _POLL_S = 0.5
 _GRACE_S = 10.0
 _STOP_S = 5.0
 _SNAPSHOT_EVERY = 1000
+# Calls to an actor that Ray is starting again fail after about two seconds: so long is it waited for a new node.
+_MAX_FAILED_STARTS = 60
+# An actor that fails at every shard (a lost GPU context, a full disk) must not spend the attempts of all of them.
+_MAX_FAILED_SHARDS = 2
 _PATIENCE_S = 60.0
 
 
@@ -293,7 +299,11 @@ class _Ledger:
     def close(self, snapshot: Snapshot | None, is_trained: bool | None) -> RunSummary:
         """The summary of a run that came to its end, with the exit code that follows from the accounts."""
         summary = self.summary(EXIT_OK, snapshot.commits if snapshot else (), snapshot, is_trained)
-        if summary.num_shards_undone:
+        decided = {commit.shard_id for commit in snapshot.commits} if snapshot else set()
+        # The last attempt may have died just after its commit, or another job may have been faster.
+        num_undone = len(set(self._planned) - decided)
+        summary = replace(summary, num_shards_undone=num_undone)
+        if num_undone:
             return replace(summary, exit_code=EXIT_UNDONE)
         if summary.num_videos_rejected > self._config.run.max_rejected_share * summary.num_videos:
             return replace(summary, exit_code=EXIT_REJECTED)
@@ -405,6 +415,8 @@ class _Slot:
     handle: Any
     is_ready: bool = False
     held: set[str] = field(default_factory=set)
+    num_failed_starts: int = 0  # since it was last ready
+    num_failed_shards: int = 0  # since it last decided one
 
 
 class _Pool:
@@ -432,7 +444,9 @@ class _Pool:
         self._wanted = f"{num_actors} actors of {num_cpus} CPUs and {num_gpus:g} GPUs each"
         self._progress = progress
         self.slots = [_Slot(index, actor.remote(config, str(index), device_type)) for index in range(num_actors)]
-        self.starting = {slot.handle.start.remote(): slot for slot in self.slots}
+        self.starting: dict[Any, _Slot] = {}
+        for slot in self.slots:
+            self._start(slot)
 
     def start(self, interrupt: _Interrupt) -> WorkerFacts | None:
         """Waits for the first actor; the others join as they come up. None after an interrupt.
@@ -463,11 +477,38 @@ class _Pool:
         except RayTaskError as error:
             raise error.cause from error
         except RayActorError as error:
-            self._progress.say("actor", f"encoder {slot.index} died while it started, and is started again: {error}")
-            self.starting[slot.handle.start.remote()] = slot
+            slot.num_failed_starts += 1
+            # Dead for good is an actor whose constructor failed; one that Ray starts again answers so for a while.
+            if isinstance(error, ActorDiedError) or slot.num_failed_starts >= _MAX_FAILED_STARTS:
+                self._give_up(slot, error)
+            else:
+                self._progress.say("actor", f"encoder {slot.index} does not answer yet: {_first_line(error)}")
+                self._start(slot)
             return None
         slot.is_ready = True
+        slot.num_failed_starts = 0
         return facts
+
+    def restart(self, slot: _Slot, *, kill: bool) -> None:
+        """Takes an actor out of service until it has started anew.
+
+        Args:
+            kill: end its process first; False where that has died already.
+        """
+        if slot.is_ready:
+            slot.is_ready = False
+            if kill:
+                ray.kill(slot.handle, no_restart=False)
+            self._start(slot)
+
+    def _start(self, slot: _Slot) -> None:
+        self.starting[slot.handle.start.remote()] = slot
+
+    def _give_up(self, slot: _Slot, error: Exception) -> None:
+        message = f"encoder {slot.index} could not be started {slot.num_failed_starts} times: {_first_line(error)}"
+        self._progress.say("actor", f"{message}; going on without it")
+        if not self.starting and not any(other.is_ready for other in self.slots):
+            raise LatentmillError(f"{message}. No encoder is left; what is committed stays, the same command goes on")
 
     def stop(self) -> None:
         """Lets every actor clean up, then ends it."""
@@ -501,6 +542,7 @@ class _Dispatch:
         # Shards that were held by an actor when it died. Each goes alone from then on: of two that were held only one
         # killed it, and the other must not spend its attempts in that company.
         self._suspects: set[str] = set()
+        self._failed_on: dict[str, int] = {}  # shard id -> actor of its last attempt
 
     def until_decided(self) -> None:
         """Runs to the end.
@@ -538,13 +580,24 @@ class _Dispatch:
                     self._hand_to(slot)
 
     def _hand_to(self, slot: _Slot) -> None:
-        spec = self._waiting[0]
-        if slot.held and self._suspects & {spec.shard_id, *slot.held}:
+        spec = self._next_for(slot)
+        if spec is None:
             return
-        self._waiting.popleft()
+        self._waiting.remove(spec)
         slot.held.add(spec.shard_id)
         self._running[slot.handle.process.remote(spec, self._manifest)] = (spec, slot)
         self._note_depth(slot)
+
+    def _next_for(self, slot: _Slot) -> ShardSpec | None:
+        """The first waiting shard that this actor may take; one that failed there goes elsewhere if it can."""
+        has_others = sum(other.is_ready for other in self._pool.slots) > 1
+        for spec in islice(self._waiting, _LOOK_AHEAD):
+            if has_others and self._failed_on.get(spec.shard_id) == slot.index:
+                continue
+            if slot.held and self._suspects & {spec.shard_id, *slot.held}:
+                continue
+            return spec
+        return None
 
     def _note_depth(self, slot: _Slot) -> None:
         self._ledger.metrics.set("latentmill_queue_depth", len(slot.held), actor=str(slot.index))
@@ -565,15 +618,21 @@ class _Dispatch:
         self._note_depth(slot)
         try:
             self._ledger.add(ray.get(reference), slot.index)
+            slot.num_failed_shards = 0
         except RayTaskError as error:
             if isinstance(error.cause, UsageError | ConfigMismatchError):
                 raise error.cause from error
-            self._try_again(spec, _message(error.cause))
+            slot.num_failed_shards += 1
+            if slot.num_failed_shards >= _MAX_FAILED_SHARDS:
+                self._pool.restart(slot, kill=True)
+            self._try_again(spec, slot, _message(error.cause))
         except RayActorError as error:
             self._suspects.add(spec.shard_id)
-            self._try_again(spec, f"the worker process died: {_first_line(error)}")
+            self._pool.restart(slot, kill=False)
+            self._try_again(spec, slot, f"the worker process died: {_first_line(error)}")
 
-    def _try_again(self, spec: ShardSpec, message: str) -> None:
+    def _try_again(self, spec: ShardSpec, slot: _Slot, message: str) -> None:
+        self._failed_on[spec.shard_id] = slot.index
         self._attempts[spec.shard_id] += 1
         self._ledger.metrics.add("latentmill_shard_attempts_failed_total")
         attempt = f"attempt {self._attempts[spec.shard_id]} of {self._max_attempts}"

@@ -67,7 +67,7 @@ def test_whatever_is_killed_the_bytes_are_those_of_an_undisturbed_run(
     for _ in range(MAX_STARTS):
         with RunningJob(flags, ray_home) as job:
             while job.process.poll() is None:
-                time.sleep(chance.uniform(1, 6))
+                time.sleep(chance.uniform(0.5, 3))
                 killed.append(_kill_something(job, chance))
             outcome = job.end()
         if outcome.code == 0:

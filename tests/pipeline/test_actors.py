@@ -5,6 +5,7 @@ Whole shards through real actors are in tests/integration.
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import threading
@@ -12,7 +13,6 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 from builders import CLIP_VIDEOS, pack_clips
@@ -89,18 +89,22 @@ def test_an_error_while_decoding_ahead_reaches_whoever_waits() -> None:
     ahead.close()
 
 
-def test_rooms_of_dead_processes_are_removed_and_those_of_living_ones_kept(
+def test_rooms_of_dead_processes_are_removed_and_everything_else_is_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    dead = subprocess.Popen([sys.executable, "-c", "pass"])
-    dead.wait()
-    (tmp_path / f"latentmill-{dead.pid}-0-abc").mkdir()
-    me = psutil.Process()
-    (tmp_path / f"latentmill-{me.pid}-0-recycled").mkdir()
-    (tmp_path / "somebody-elses").mkdir()
-    mine, second = actors._make_room(), actors._make_room()
-    assert {path.name for path in tmp_path.iterdir()} == {mine.name, second.name, "somebody-elses"}
+    dead = "from pipeline.actors import _Room; import os; _Room(); os._exit(9)"
+    root, env = Path(actors.__file__).parent.parent, {**os.environ, "TMPDIR": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", dead], check=False, cwd=root, env=env)
+    assert len(list(tmp_path.iterdir())) == 1
+    (tmp_path / "latentmill-out" / "data").mkdir(parents=True)
+    (tmp_path / "latentmill-actor-mine" / "data").mkdir(parents=True)
+    first, second = actors._Room(), actors._Room()
+    kept = {"latentmill-out", "latentmill-actor-mine"}
+    assert {path.name for path in tmp_path.iterdir()} == {first.path.name, second.path.name, *kept}
+    first.close()
+    second.close()
+    assert {path.name for path in tmp_path.iterdir()} == kept
 
 
 @pytest.fixture
@@ -136,10 +140,10 @@ def test_a_shard_is_committed_once_and_leaves_no_temporary_file(config: JobConfi
         assert 0 < report.busy_share <= 1
         assert report.num_bytes_in == sum(path.stat().st_size for path in CLIP_VIDEOS)
         assert actor.process(spec, manifest).outcome == "already_done"
-        assert not list(tmp_path.glob("latentmill-*/*"))
+        assert [path.name for path in tmp_path.glob("latentmill-actor-*/*")] == ["owner.lock"]
     finally:
         actor.stop()
-    assert not list(tmp_path.glob("latentmill-*"))
+    assert not list(tmp_path.glob("latentmill-actor-*"))
 
 
 def test_a_worker_with_another_decoder_or_device_refuses_to_write(config: JobConfig) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import pickle
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -426,3 +428,19 @@ def test_the_cache_stays_below_its_limit(s3_env: SeaweedFS, tmp_path: Path) -> N
     dataset = LatentDataset(root, batch_size=4, cache_dir=tmp_path, cache_bytes=2 * largest)
     assert Counter(itertools.chain(*order(dataset))) == Counter(RECORDS.keys())
     assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= 2 * largest
+
+
+def test_the_cache_removes_nothing_that_is_not_its_own(s3_env: SeaweedFS, tmp_path: Path) -> None:
+    root, _ = s3_output(SHARDS, s3_env)
+    (tmp_path / "precious.bin").write_bytes(bytes(1 << 20))
+    (tmp_path / "folder").mkdir()
+    in_flight = tmp_path / f"{'a' * 64}.parquet.{'b' * 32}.partial"
+    in_flight.write_bytes(bytes(1 << 20))
+    for path in tmp_path.iterdir():
+        os.utime(path, (time.time() - 3600,) * 2)
+    assert Counter(itertools.chain(*order(LatentDataset(root, cache_dir=tmp_path, cache_bytes=1)))) == Counter(
+        RECORDS.keys()
+    )
+    assert (tmp_path / "precious.bin").stat().st_size == in_flight.stat().st_size == 1 << 20
+    assert (tmp_path / "folder").is_dir()
+    assert len(list(tmp_path.iterdir())) == 4

@@ -214,12 +214,22 @@ def test_the_same_records_give_the_same_bytes(tmp_path: Path) -> None:
     assert list(digests[0]) == ["parquet", "webdataset", "rejected"]
 
 
+def test_texts_count_towards_the_size_of_a_row_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(output_format_module, "_ROW_GROUP_BYTES", 1 << 20)
+    records = [record(f"k{n}", fields={"note": "x" * 600_000}) for n in range(6)]
+    with ShardWriter(tmp_path, "s", manifest(), "parquet") as writer:
+        for entry in records:
+            writer.write(entry)
+        (written,) = writer.finish()
+    assert pq.ParquetFile(written.path).metadata.num_row_groups == 3
+
+
 def test_row_groups_are_cut_by_size_and_hold_all_rows_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(output_format_module, "_ROW_GROUP_BYTES", 5 * RECORDS[0].mean.nbytes)
     records = [record(f"k{i:02d}") for i in range(12)]
     path = write(tmp_path, records, output_format="parquet")["parquet"].path
     file = open_records(path, "parquet")
-    assert list(file.group_rows) == [5, 5, 2]
+    assert list(file.group_rows) == [4, 4, 4]  # the texts of a row count as well
     assert [row.key for row in read_records(path)] == [entry.key for entry in records]
 
 
