@@ -7,6 +7,7 @@ has layers of its own, opens the other schemes.
 
 from __future__ import annotations
 
+import errno
 import glob
 import io
 import os
@@ -48,7 +49,7 @@ class InputFile:
 
     Attributes:
         uri: an absolute local path, or a URI with its scheme.
-        num_bytes: None where a web server does not say.
+        num_bytes: None where a store does not say, and of a local link that leads nowhere.
         etag: None where the store has none (a local disk).
     """
 
@@ -72,32 +73,81 @@ def open_store(uri: str) -> ObjectStore:
             "use a local folder or s3://bucket/prefix"
         )
     bucket, prefix = _split_s3(uri)
-    return S3Store(bucket, prefix)
+    return S3Store(bucket, prefix.strip("/"))
 
 
 def list_inputs(uri: str) -> list[InputFile]:
     """The files behind a file, folder (with all below it) or glob, in the order of their URIs.
 
+    On a local disk links are followed. One that leads nowhere is listed without a size, so that it is missed by name.
+
     Raises:
         StorageNotFoundError: nothing is there.
         UsageError: the scheme cannot be read here.
     """
-    files = _list_s3(uri) if uri.startswith("s3://") else _list_fsspec(uri)
+    local = _local_path(uri)
+    if local is not None:
+        files = _list_local(local)
+    elif uri.startswith("s3://"):
+        files = _list_s3(uri)
+    else:
+        files = _list_fsspec(uri)
     if not files:
         raise StorageNotFoundError(f"no file is at {shown_uri(uri)}")
     return sorted(files, key=lambda file: file.uri)
 
 
 def _list_s3(uri: str) -> list[InputFile]:
-    store, key = _s3_input(uri)
+    store, key = _s3_input(uri.rstrip("/"))
     info = store.head(key) if key else None
     if info is not None:
         return [_s3_file(store, info)]
-    if not glob.has_magic(key):
-        return [_s3_file(store, info) for info in store.list(f"{key}/" if key else "") if not info.key.endswith("/")]
-    pattern = re.compile(glob_translate(key))
-    literal = re.split(r"[*?[]", key, maxsplit=1)[0]
-    return [_s3_file(store, info) for info in store.list(literal) if pattern.match(info.key)]
+    is_pattern = glob.has_magic(key)
+    literal = re.split(r"[*?[]", key, maxsplit=1)[0] if is_pattern else f"{key}/" if key else ""
+    pattern = re.compile(glob_translate(key) if is_pattern else "")
+    listed = (info for info in store.list(literal) if pattern.match(info.key))
+    # A key that ends in a slash is what some tools leave to mark a folder.
+    return [_s3_file(store, info) for info in listed if not info.key.endswith("/")]
+
+
+def _list_local(path: str) -> list[InputFile]:
+    if os.path.isdir(path):
+        return _walk(path)
+    if os.path.exists(path) or not glob.has_magic(path):
+        with _input_errors(path):
+            return [_local_file(path, os.stat(path))]
+    root = re.split(r"/[^/]*[*?[]", path, maxsplit=1)[0] or "/"
+    if not os.path.isdir(root):
+        return []
+    # What lies deeper than the pattern cannot match, and a glob just below / must not read the whole disk.
+    max_depth = None if "**" in path else path.count("/") - root.rstrip("/").count("/")
+    with _input_errors(path):
+        pattern = re.compile(glob_translate(path))
+    return [file for file in _walk(root, max_depth) if pattern.match(file.uri)]
+
+
+def _walk(root: str, max_depth: int | None = None) -> list[InputFile]:
+    """The files below a folder, links followed. A folder is not entered again below itself, so that walks end."""
+    files: list[InputFile] = []
+    pending: list[tuple[str, frozenset[tuple[int, int]]]] = [(root, frozenset())]
+    while pending:
+        folder, above = pending.pop()
+        with _input_errors(folder), os.scandir(folder) as entries:
+            itself = os.stat(folder)
+            identity = (itself.st_dev, itself.st_ino)
+            if identity in above:
+                continue
+            for entry in entries:
+                try:
+                    status = entry.stat()
+                except OSError:
+                    files.append(InputFile(uri=entry.path, num_bytes=None, etag=None))
+                    continue
+                if stat.S_ISREG(status.st_mode):
+                    files.append(_local_file(entry.path, status))
+                elif stat.S_ISDIR(status.st_mode) and (max_depth is None or len(above) + 1 < max_depth):
+                    pending.append((entry.path, above | {identity}))
+    return files
 
 
 def _list_fsspec(uri: str) -> list[InputFile]:
@@ -124,7 +174,10 @@ def stat_input(uri: str) -> InputFile:
         if found is None:
             raise StorageNotFoundError(f"{shown_uri(uri)} does not exist")
         return _s3_file(store, found)
+    local = _local_path(uri)
     with _input_errors(uri):
+        if local is not None:
+            return _local_file(local, os.stat(local))
         filesystem, path = _filesystem(uri)
         info = filesystem.info(path)
         if info["type"] != "file":
@@ -141,7 +194,10 @@ def open_input(uri: str) -> BinaryIO:
     if uri.startswith("s3://"):
         store, key = _s3_input(uri)
         return cast(BinaryIO, io.BufferedReader(_S3Reader(store, key), _READ_AHEAD_BYTES))
+    local = _local_path(uri)
     with _input_errors(uri):
+        if local is not None:
+            return open(local, "rb")
         filesystem, path = _filesystem(uri)
         return cast(BinaryIO, filesystem.open(path, "rb"))
 
@@ -216,12 +272,31 @@ def _split_s3(uri: str) -> tuple[str, str]:
             f"{shown_uri(uri)} does not name a bucket as s3://bucket/prefix does; credentials belong into the "
             "environment (AWS_ACCESS_KEY_ID, AWS_PROFILE), an endpoint into AWS_ENDPOINT_URL"
         )
-    return bucket, key.strip("/")
+    return bucket, key
+
+
+class _InputBucket(S3Store):
+    """A bucket that is only read. Its keys are of others' making: "a//b" is a plain key to S3, as is "a/./b"."""
+
+    def url(self, key: str) -> str:
+        return f"{self.root_uri}/{key}"
+
+    def _at(self, key: str) -> dict[str, str]:
+        # Servers and proxies may resolve dots, and lead out of the bucket then.
+        if any(part in (".", "..") for part in key.split("/")):
+            raise StorageError(f"{self.url(key)} has a part '.' or '..' in its key and is not read; rename the object")
+        return {"Bucket": self._bucket, "Key": key}
 
 
 def _s3_input(uri: str) -> tuple[S3Store, str]:
     bucket, key = _split_s3(uri)
-    return S3Store(bucket, ""), key
+    return _InputBucket(bucket, ""), key
+
+
+def _local_file(path: str, status: os.stat_result) -> InputFile:
+    if not stat.S_ISREG(status.st_mode):
+        raise StorageNotFoundError(f"{path} is not a regular file")
+    return InputFile(uri=path, num_bytes=status.st_size, etag=None)
 
 
 def _s3_file(store: S3Store, info: ObjectInfo) -> InputFile:
@@ -229,9 +304,6 @@ def _s3_file(store: S3Store, info: ObjectInfo) -> InputFile:
 
 
 def _filesystem(uri: str) -> tuple[Any, str]:
-    local = _local_path(uri)
-    if local is not None:
-        return fsspec.filesystem("file"), local
     if "::" in uri:
         raise UsageError(f"{shown_uri(uri)}: chained URIs are not read; give the file itself")
     filesystem, path = fsspec.url_to_fs(uri, use_listings_cache=False)
@@ -239,10 +311,9 @@ def _filesystem(uri: str) -> tuple[Any, str]:
 
 
 def _fsspec_file(filesystem: Any, info: dict[str, Any]) -> InputFile:
-    is_local = "file" in filesystem.protocol
     etag = info.get("ETag") or info.get("etag")
     return InputFile(
-        uri=info["name"] if is_local else filesystem.unstrip_protocol(info["name"]),
+        uri=filesystem.unstrip_protocol(info["name"]),
         num_bytes=info.get("size"),
         etag=str(etag).strip('"') if etag else None,
     )
@@ -260,4 +331,6 @@ def _input_errors(uri: str) -> Iterator[None]:
     except (ImportError, ValueError) as error:
         raise UsageError(f"{where} cannot be read here: {error}") from error
     except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise StorageNotFoundError(f"{where} is a link that leads to itself") from error
         raise StorageUnavailableError(f"{where} cannot be read: {type(error).__name__}; try again later") from error

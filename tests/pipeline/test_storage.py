@@ -387,6 +387,67 @@ def test_inputs_are_listed_from_a_folder_a_glob_and_a_file(shards: str) -> None:
     assert file.num_bytes == 1900
 
 
+def test_local_links_are_followed_and_a_broken_one_is_missed_by_name(tmp_path: Path) -> None:
+    root, cache = tmp_path / "in", tmp_path / "cache"
+    (root / "real" / "deep").mkdir(parents=True)
+    (cache / "more").mkdir(parents=True)
+    (cache / "blob").write_bytes(b"bytes")
+    (cache / "more" / "c.mp4").write_bytes(b"c")
+    (root / "real" / "a.mp4").symlink_to(cache / "blob")
+    (root / "real" / "gone.mp4").symlink_to(tmp_path / "gone")
+    (root / "real" / "itself.mp4").symlink_to("itself.mp4")
+    (root / "linked").symlink_to(cache)
+    (root / "again").symlink_to(cache)
+    (root / "real" / "deep" / "loop").symlink_to(root)
+    (cache / "loop").symlink_to(root)
+    sizes = {file.uri.removeprefix(f"{root}/"): file.num_bytes for file in list_inputs(str(root))}
+    assert sizes == {
+        "real/a.mp4": 5,
+        "real/gone.mp4": None,
+        "real/itself.mp4": None,
+        **{
+            f"{link}/{name}": size
+            for link in ("linked", "again")
+            for name, size in {"blob": 5, "more/c.mp4": 1}.items()
+        },
+    }
+    found = [file.uri for file in list_inputs(f"{root}/*/a.mp4")]
+    assert found == [f"{root}/real/a.mp4"]
+    assert [file.uri for file in list_inputs(f"{root}/li*/**/*.mp4")][-1] == f"{root}/linked/more/c.mp4"
+    (file,) = list_inputs(f"{root}/real/a.mp4")
+    assert file == stat_input(f"{root}/real/a.mp4")
+    for read in (list_inputs, stat_input):
+        for name in ("gone", "itself"):
+            with pytest.raises(StorageNotFoundError, match=name):
+                read(f"{root}/real/{name}.mp4")
+
+
+def test_a_glob_reads_no_deeper_than_it_can_match(tmp_path: Path) -> None:
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    for name in ("0.tar", "a/1.tar", "a/b/2.tar"):
+        (tmp_path / name).write_bytes(b"")
+    for glob, found in {
+        "*.tar": ["0"],
+        "*/*.tar": ["a/1"],
+        "a*/b/*": ["a/b/2"],
+        "**/*.tar": ["0", "a/1", "a/b/2"],
+    }.items():
+        assert [file.uri for file in list_inputs(f"{tmp_path}/{glob}")] == [f"{tmp_path}/{name}.tar" for name in found]
+
+
+def test_odd_keys_on_s3_do_not_hide_their_neighbours(s3_env: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The store behind the tests tidies its keys, so only the listing is made up.
+    names = ("/0.mp4", "a.mp4", "d/", "e/x//b.mp4", "f/./b.txt", "g/../c.mp4")
+    infos = [pipeline.store.ObjectInfo(key=name, num_bytes=1, etag=None) for name in names]
+    monkeypatch.setattr(pipeline.s3.S3Store, "list", lambda self, prefix: iter(infos))
+    for uri in (f"s3://{s3_env.bucket}", f"s3://{s3_env.bucket}/**"):
+        assert [file.uri for file in list_inputs(uri)] == [
+            f"s3://{s3_env.bucket}/{name}" for name in names if not name.endswith("/")
+        ]
+    with pytest.raises(StorageError, match="has a part"):
+        stat_input(f"s3://{s3_env.bucket}/g/../c.mp4")
+
+
 def test_what_was_uploaded_after_a_list_is_in_the_next(store: ObjectStore, shards: str) -> None:
     before = list_inputs(shards)
     store.put_if_absent("00002.tar", b"new")
