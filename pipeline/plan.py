@@ -70,7 +70,7 @@ _CSV_BLOCK_BYTES = 64 << 20  # a row, with its caption, must fit
 _NUM_UPLOADS = 16
 _LOOK_SAMPLES = 32
 _LOOK_BYTES = 256 << 20
-_LONGEST_JSON_BYTES = 64 << 20
+_LONGEST_JSON_BYTES = 4 << 20
 # Typed columns are for fields that most samples share; data with more names than this has made-up ones.
 _MOST_COLUMNS = 256
 

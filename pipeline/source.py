@@ -46,7 +46,9 @@ from pipeline.storage import ObjectStore, open_input, open_input_fd, stat_input
 
 _REST = "*"
 _DEFAULT_CAPTION_COLUMN = "caption"
-_LARGEST_TEXT_BYTES = 64 << 20
+# Of a caption or of the JSON beside a video; what is stored is held in memory many at a time.
+_LARGEST_TEXT_BYTES = 4 << 20
+_TEXT_REASONS = {"txt": "bad_caption", "json": "bad_metadata"}
 # Smaller media wait for their decoder in memory, larger ones on disk.
 _LARGEST_IN_MEMORY_BYTES = 64 << 20
 _BLOCK_BYTES = 1 << 20
@@ -118,15 +120,16 @@ def _tar_videos(spec: ShardSpec, caption_column: str, max_file_bytes: int) -> It
                     continue
                 name = member.name.removeprefix("./")
                 key, extension = _split(name)
-                problem = key_problem(key)
-                if problem:
-                    yield _failure(key, "bad_member", f"the member name {_shown(name)} is not allowed: {problem}", uri)
-                    continue
                 if sample is None or sample.key != key:
                     ended, sample = sample, _Sample(key=key)
                     if ended is not None:
                         yield _finish(ended, seen, caption_column, max_file_bytes, uri)
-                _take_member(sample, tar, member, extension, max_file_bytes)
+                wrong_key = key_problem(key)
+                if wrong_key is None:
+                    _take_member(sample, tar, member, extension, max_file_bytes)
+                elif sample.problem is None:
+                    message = f"the member name {_shown(name)} is not allowed: {wrong_key}"
+                    sample.problem = RejectionError("bad_member", message)
             if sample is not None:
                 ended, sample = sample, None
                 yield _finish(ended, seen, caption_column, max_file_bytes, uri)
@@ -163,10 +166,12 @@ def _take_member(sample: _Sample, tar: TarStream, member: TarMember, extension: 
     elif extension in MEDIA_KINDS:
         descriptor = _spool(tar, member.num_bytes) if 0 < member.num_bytes <= max_file_bytes else None
         sample.media[extension] = _Media(name=member.name, num_bytes=member.num_bytes, descriptor=descriptor)
-    elif extension in ("txt", "json"):
+    elif extension in _TEXT_REASONS:
         if member.num_bytes > _LARGEST_TEXT_BYTES:
-            sample.problem = _too_large(member.name, member.num_bytes, _LARGEST_TEXT_BYTES)
-        sample.texts[extension] = tar.read(min(member.num_bytes, _LARGEST_TEXT_BYTES))
+            sample.problem = _too_large(
+                member.name, member.num_bytes, _LARGEST_TEXT_BYTES, reason=_TEXT_REASONS[extension]
+            )
+        sample.texts[extension] = tar.read(member.num_bytes) if sample.problem is None else b""
     else:
         sample.other_names.append(member.name)
 
@@ -200,13 +205,12 @@ def _finish(
 ) -> SourceVideo | ClipFailure:
     """What became of a sample whose last member has passed."""
     try:
+        if sample.problem is not None:
+            raise sample.problem
         if sample.key in seen:
             raise RejectionError(
                 "duplicate_key", "the shard has this key before; members of a sample must stand next to each other"
             )
-        seen.add(sample.key)
-        if sample.problem is not None:
-            raise sample.problem
         media = _chosen(sample)
         fields = parse_object(sample.texts["json"]) if "json" in sample.texts else {}
         if fields.get("key") == sample.key:
@@ -222,8 +226,10 @@ def _finish(
             source_uri=f"{tar_uri}#{media.name}",
         )
     except RejectionError as error:
-        return _failure(sample.key, error.reason, error.message, f"{tar_uri}#{sample.key}")
+        # A key that is not allowed may be as long as a mebibyte.
+        return _failure(sample.key, error.reason, error.message, f"{tar_uri}#{sample.key[:200]}")
     finally:
+        seen.add(sample.key)
         sample.close()
 
 
@@ -326,7 +332,10 @@ def _text(uri: str) -> bytes:
         except OSError as error:
             raise StorageError(f"{uri} cannot be read: {error}") from error
     if len(data) > _LARGEST_TEXT_BYTES:
-        raise _too_large(uri, len(data), _LARGEST_TEXT_BYTES)
+        raise RejectionError(
+            _TEXT_REASONS[extension_of(uri)],
+            f"{_shown(uri)} has more than the {_LARGEST_TEXT_BYTES} bytes that are allowed",
+        )
     return data
 
 
@@ -405,8 +414,8 @@ def _check_digest(media: _Media, descriptor: int, fields: Mapping[str, object]) 
             )
 
 
-def _too_large(name: str, num_bytes: int, limit: int) -> RejectionError:
-    return RejectionError("too_large", f"{_shown(name)} has {num_bytes} bytes and at most {limit} are allowed")
+def _too_large(name: str, num_bytes: int, limit: int, *, reason: str = "too_large") -> RejectionError:
+    return RejectionError(reason, f"{_shown(name)} has {num_bytes} bytes and at most {limit} are allowed")
 
 
 def _failure(key: str, reason: str, message: str, source_uri: str) -> ClipFailure:

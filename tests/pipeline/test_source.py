@@ -253,6 +253,35 @@ def test_names_that_are_not_allowed_are_rejected_and_their_neighbours_are_not(tm
     assert drained.reasons == {HOSTILE_NAMES[name]: "bad_member"}
 
 
+def test_the_members_of_a_sample_with_a_bad_key_are_one_rejection(tmp_path: Path) -> None:
+    members = [("a.mp4", GOOD), *((f"../b.{extension}", b"b") for extension in ("mp4", "txt", "json"))]
+    # The bad key ends the sample before it like any other key, so what comes late is no part of that.
+    members += [("a.txt", b"late"), ("c.mp4", GOOD), ("../b.mp4", b"again")]
+    drained = read_tar(tmp_path / "a.tar", tar_bytes(members))
+    assert [(f.key, f.reason) for f in drained.failures] == [
+        ("../b", "bad_member"),
+        ("a", "duplicate_key"),
+        ("../b", "bad_member"),
+    ]
+    assert (list(drained.videos), drained.videos["a"].caption) == (["a", "c"], "")
+
+
+@pytest.mark.parametrize("extension", ["txt", "json"])
+@pytest.mark.parametrize("kind", ["tar", "folder"])
+def test_texts_that_would_fill_the_memory_are_rejected(tmp_path: Path, extension: str, kind: str) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    members = [("a.mp4", GOOD), (f"a.{extension}", b" " * ((4 << 20) + 1)), ("b.mp4", GOOD)]
+    if kind == "tar":
+        (folder / "0.tar").write_bytes(tar_bytes(members))
+    for name, data in members if kind == "folder" else []:
+        (folder / name).write_bytes(data)
+    drained = read_input(folder, tmp_path / "out")
+    assert drained.reasons == {"a": {"txt": "bad_caption", "json": "bad_metadata"}[extension]}
+    assert list(drained.videos) == ["b"]
+    assert str(4 << 20) in drained.failures[0].message
+
+
 @pytest.mark.parametrize(
     "kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE, tarfile.GNUTYPE_SPARSE]
 )
@@ -332,8 +361,8 @@ def test_the_caption_and_the_fields_come_from_where_they_were_asked_for(
 
 @pytest.mark.parametrize(
     "caption",
-    ["\0 NUL \0", "\u202egnp.exe\u202c", "\ufeffmark", "line\r\nline\n", " \U0001f431 ", "long \u732b" * 1_700_000],
-    ids=["NUL", "RTL", "BOM", "lines", "cat", "10 MB"],
+    ["\0 NUL \0", "\u202egnp.exe\u202c", "\ufeffmark", "line\r\nline\n", " \U0001f431 ", "long \u732b" * 500_000],
+    ids=["NUL", "RTL", "BOM", "lines", "cat", "4 MB"],
 )
 def test_strange_captions_pass_without_loss(tmp_path: Path, caption: str) -> None:
     drained = read_tar(tmp_path / "a.tar", tar_bytes([("a.mp4", GOOD), ("a.txt", caption.encode())]))
@@ -431,6 +460,21 @@ def test_a_folder_gives_its_files_with_what_lies_beside_them(tmp_path: Path) -> 
     assert (video.caption, video.fields, video.source_uri) == ("a cat", {"stars": 5}, f"{folder}/one (1).mp4")
     assert video.media_kind == "video"
     assert drained.videos["cats/two"].media_kind == "image"
+
+
+def test_links_in_a_folder_are_read_and_a_broken_one_is_rejected_by_name(tmp_path: Path) -> None:
+    folder, cache = tmp_path / "in", tmp_path / "cache"
+    folder.mkdir()
+    cache.mkdir()
+    (cache / "b.mp4").write_bytes(GOOD)
+    (folder / "a.mp4").symlink_to(cache / "b.mp4")
+    (folder / "linked").symlink_to(cache)
+    (folder / "gone.mp4").symlink_to(tmp_path / "nowhere")
+    (folder / "gone.md").symlink_to(tmp_path / "nowhere")
+    (folder / "itself.mp4").symlink_to("itself.mp4")
+    drained = read_input(folder, tmp_path / "out")
+    assert drained.content == {"a": GOOD, "linked/b": GOOD}
+    assert drained.reasons == {"gone": "not_found", "itself": "not_found"}
 
 
 def test_rows_that_cannot_be_had_are_rejected_one_by_one(tmp_path: Path) -> None:
