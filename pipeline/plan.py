@@ -20,6 +20,7 @@ encoded is encoded as it is then. A tar is pinned by its size and etag, because 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import posixpath
@@ -67,6 +68,7 @@ _SLICE_COST = 64_000
 _COSTS = {"video": 1000, "image": 64}
 
 _CSV_BLOCK_BYTES = 64 << 20  # a row, with its caption, must fit
+_LONGEST_KEY_BYTES = 1024  # of S3, Google and Azure alike
 _NUM_UPLOADS = 16
 _LOOK_SAMPLES = 32
 _LOOK_BYTES = 256 << 20
@@ -176,9 +178,11 @@ def _absolute(uri: str) -> str:
 
 def _root(source: str, files: Iterable[InputFile]) -> str:
     if [f.uri for f in files] == [source]:
-        return posixpath.dirname(source)
-    # Of a glob, the part before the first folder with a wildcard.
-    return re.split(r"/[^/]*[*?\[]", source, maxsplit=1)[0]
+        root = posixpath.dirname(source)
+    else:
+        # Of a glob, the part before the first folder with a wildcard.
+        root = re.split(r"/[^/]*[*?\[]", source, maxsplit=1)[0]
+    return "" if root == "/" else root
 
 
 def _is_visible(uri: str, root: str, output: str) -> bool:
@@ -324,16 +328,19 @@ class _FolderPlan(_SlicePlan):
         known = {path for r in rounds for path in r["covered"]["files"]}
         new_paths: list[str] = []
         covered["files"] = new_paths
-        for stem, paths in self._samples():
+        samples = list(self._samples())
+        # Files that share a stem are told apart by their extensions; a.mp4.webm must not take the key of a.mp4 then.
+        taken = {path for _, paths in samples if len(paths) > 1 for path in paths}
+        for stem, paths in samples:
             for path in paths:
                 if path not in known:
                     new_paths.append(path)
-                    yield self._entry(path, stem if len(paths) == 1 else path, stem)
+                    yield self._entry(path, stem if len(paths) == 1 and stem not in taken else path, stem)
 
     def _samples(self) -> Iterator[tuple[str, list[str]]]:
         by_stem: dict[str, list[str]] = {}
         for file in self._found.media:
-            path = file.uri.removeprefix(self._found.root).lstrip("/")
+            path = file.uri.removeprefix(f"{self._found.root}/")
             by_stem.setdefault(posixpath.splitext(path)[0], []).append(path)
         for stem, paths in by_stem.items():
             # A picture beside a video of the same name is its poster.
@@ -415,17 +422,17 @@ class _TablePlan(_SlicePlan):
         try:
             if extension == "csv":
                 # Of bytes, because a single cell that is no UTF-8 would end the reading of text.
-                header = pyarrow.csv.open_csv(file, *_csv_options()).schema
+                names = pyarrow.csv.open_csv(file, *_csv_options()).schema.names
                 file.seek(0)
-                binary = pyarrow.csv.ConvertOptions(column_types=dict.fromkeys(header.names, pa.binary()))
-                reader = pyarrow.csv.open_csv(file, *_csv_options(), binary)
-                schema = pa.schema([(name, pa.string()) for name in header.names])
-                yield from self._arrow_rows(schema, reader)
+                binary = pyarrow.csv.ConvertOptions(column_types=dict.fromkeys(names, pa.binary()))
+                marked = pa.PythonFile(_WithLastRow(file, len(names)), mode="r")
+                reader = pyarrow.csv.open_csv(marked, *_csv_options(), binary)
+                schema = self._named([pa.field(name, pa.string()) for name in names])
+                yield from self._closed_rows(self._arrow_rows(schema, reader))
             else:
                 table = pq.ParquetFile(file)
-                names = [f.name for f in table.schema_arrow if not _is_binary(f.type)]
-                schema = pa.schema([table.schema_arrow.field(name) for name in names])
-                yield from self._arrow_rows(schema, table.iter_batches(batch_size=1024, columns=names))
+                schema = self._named([f for f in table.schema_arrow if not _is_binary(f.type)])
+                yield from self._arrow_rows(schema, table.iter_batches(batch_size=1024, columns=schema.names))
         except (pa.ArrowException, OSError, ValueError) as error:
             raise UsageError(f"--input: {self._table.uri} cannot be read as {extension}: {error}") from error
 
@@ -437,9 +444,43 @@ class _TablePlan(_SlicePlan):
             )
         self._types = {f.name: _kind_of_type(f.type) for f in schema}
         for batch in batches:
-            columns = [_json_values(batch.column(name)) for name in schema.names]
+            columns = [self._values(batch, name) for name in schema.names]
             for values in zip(*columns, strict=True):
                 yield dict(zip(schema.names, values, strict=True))
+
+    def _named(self, fields: Sequence[pa.Field]) -> pa.Schema:
+        """The columns that have a name: spreadsheets leave empty ones at the end."""
+        names = [f.name for f in fields if f.name]
+        repeated = next((name for name in names if names.count(name) > 1), None)
+        if repeated is not None:
+            raise UsageError(
+                f"--input: {self._table.uri} has more than one column {_short(repeated)}, and nothing says which one "
+                "is meant; rename or remove one"
+            )
+        return pa.schema([f for f in fields if f.name])
+
+    def _values(self, batch: pa.RecordBatch, name: str) -> list[object]:
+        column = batch.column(name)
+        try:
+            return _json_values(column)
+        except (pa.ArrowException, ArithmeticError, TypeError, ValueError) as error:
+            raise UsageError(
+                f"--input: {self._table.uri}: the column {_short(name)} of type {column.type} has a value that cannot "
+                f"be read: {error}; correct or remove it"
+            ) from error
+
+    def _closed_rows(self, rows: Iterator[dict[str, object]]) -> Iterator[dict[str, object]]:
+        """The rows before the one that `_WithLastRow` adds. In a cell that is left open it comes as text of that."""
+        row = next(rows, None)
+        for following in rows:
+            assert row is not None, "a row is followed"
+            yield row
+            row = following
+        if row is None or any(value != _WithLastRow.CELL for value in row.values()):
+            raise UsageError(
+                f"--input: {self._table.uri}: a quote is not closed, so all rows behind it are taken for one cell; "
+                "close it, or double a quote that is meant as a character"
+            )
 
     def _entry(self, number: int, row: dict[str, object] | str) -> SliceEntry:
         key = f"{number:08d}"
@@ -454,6 +495,25 @@ class _TablePlan(_SlicePlan):
         elif problem:
             problem = problem[0], f"row {number}, column {self._source.uri_column!r}: {problem[1]}"
         return SliceEntry(key=key, uri=uri, fields=row, problem=problem)
+
+
+class _WithLastRow(io.RawIOBase):
+    """A CSV file with one row more, by which a reader is seen to have taken its end for the end of a row."""
+
+    CELL = "latentmill-end-of-table"
+
+    def __init__(self, file: BinaryIO, num_columns: int) -> None:
+        self._file = file
+        self._rest = b"\n" + b",".join([self.CELL.encode()] * num_columns) + b"\n"
+
+    def readable(self) -> bool:
+        return True
+
+    def read(self, size: int = -1, /) -> bytes:
+        block = self._file.read(size)
+        if not block:
+            block, self._rest = self._rest[:size], self._rest[size:]
+        return block
 
 
 def _json_rows(file: BinaryIO) -> Iterator[dict[str, object] | str]:
@@ -552,6 +612,8 @@ def _is_plain(uri: str) -> bool:
     if separator and (not uri.isprintable() or len(parts) < 2 or any(p in ("", ".", "..") for p in parts)):
         return False
     if separator and re.search(r"[@:]", parts[0]):
+        return False
+    if separator and len(path.partition("/")[2].encode()) > _LONGEST_KEY_BYTES:
         return False
     try:
         return "\0" not in path and len(os.fsencode(path)) < 4096 and all(len(os.fsencode(p)) < 256 for p in parts)

@@ -24,7 +24,8 @@ from pipeline.errors import StorageNotFoundError, UsageError
 from pipeline.inputs import Slice, SliceEntry, read_slice
 from pipeline.plan import infer_passthrough, plan_shards
 from pipeline.records import ShardSpec
-from pipeline.storage import ObjectStore, open_store
+from pipeline.s3 import S3Store
+from pipeline.storage import ObjectInfo, ObjectStore, open_store
 
 
 def config(uri: Path | str, **more: Any) -> SourceConfig:
@@ -141,6 +142,20 @@ def test_files_of_one_name_are_told_apart_and_a_picture_beside_a_video_is_its_po
     entries = entries_of(store, plan_shards(config(tmp_path / "in"), store))
     assert [entry.key for entry in entries] == ["a", "b.mp4", "b.webm", "c.jpg", "c.png"]
     assert [entry.txt_uri for entry in entries[:3]] == [f"{tmp_path}/in/{name}.txt" for name in "abb"]
+
+
+def test_a_name_with_two_extensions_does_not_take_the_key_of_another_file(tmp_path: Path) -> None:
+    touch(tmp_path / "in", "a.mp4", "a.mov", "a.mp4.webm", "a.mp4.txt", "b.mp4", "b.mp4.webm")
+    store = output(tmp_path)
+    entries = entries_of(store, plan_shards(config(tmp_path / "in"), store))
+    assert {entry.uri.rpartition("/")[2]: entry.key for entry in entries} == {
+        "a.mov": "a.mov",
+        "a.mp4": "a.mp4",
+        "a.mp4.webm": "a.mp4.webm",
+        "b.mp4": "b",
+        "b.mp4.webm": "b.mp4",
+    }
+    assert [entry.key for entry in entries if entry.txt_uri] == ["a.mp4.webm"]
 
 
 def test_planning_again_changes_nothing(tmp_path: Path) -> None:
@@ -334,6 +349,27 @@ def test_a_cell_that_is_no_utf8_does_not_stop_the_table(tmp_path: Path, extensio
     assert [entry.fields["caption"] for entry in entries] == ["good", "caf\udce9"]
 
 
+def test_quotes_and_nameless_columns_of_a_csv_are_read_as_they_are_meant(tmp_path: Path) -> None:
+    text = 'url,caption,,\na.mp4,"5"" and\nmore",,\nb.mp4,5" wide,x,\n\nc.mp4,"latentmill-end-of-table",,'
+    store = output(tmp_path)
+    for end in ("", "\n", "\r\n\r\n"):
+        path = _text(tmp_path / f"t{len(end)}.csv", text + end)
+        entries = entries_of(store, plan_shards(config(path), store))
+        assert [entry.fields for entry in entries] == [
+            {"url": "a.mp4", "caption": '5" and\nmore'},
+            {"url": "b.mp4", "caption": '5" wide'},
+            {"url": "c.mp4", "caption": "latentmill-end-of-table"},
+        ]
+
+
+def test_nameless_columns_of_a_parquet_table_are_left_out(tmp_path: Path) -> None:
+    table = pa.Table.from_arrays([pa.array([value]) for value in ("a.mp4", 1, 2)], ["url", "", ""])
+    pq.write_table(table, tmp_path / "t.parquet")
+    store = output(tmp_path)
+    (entry,) = entries_of(store, plan_shards(config(tmp_path / "t.parquet"), store))
+    assert entry.fields == {"url": "a.mp4"}
+
+
 def test_passthrough_of_a_tar_is_read_from_its_json(tmp_path: Path) -> None:
     samples = [
         {
@@ -412,8 +448,33 @@ WRONG_INPUTS: dict[str, tuple[Callable[[Path], Path | str], type[Exception], str
     "empty table": (lambda p: _text(p / "t.csv", ""), UsageError, "cannot be read as csv"),
     "ragged table": (lambda p: _text(p / "t.csv", "url,caption\na.mp4\n"), UsageError, "cannot be read as csv"),
     "no Parquet": (lambda p: _text(p / "t.parquet", "rubbish"), UsageError, "cannot be read as parquet"),
+    "open quote": (
+        lambda p: _text(p / "t.csv", 'url,n\n/a.mp4,"open\n/b.mp4,1\n'),
+        UsageError,
+        "t.csv: a quote is not",
+    ),
+    "open quote in the last row": (lambda p: _text(p / "t.csv", 'url,n\n/a.mp4,1\n/b.mp4,"'), UsageError, "a quote is"),
+    "equal columns": (lambda p: _text(p / "t.csv", "url,n,n\n/a.mp4,1,2\n"), UsageError, "t.csv has .* column 'n'"),
+    "equal Parquet columns": (lambda p: _parquet(p, n=pa.array([1]), m=pa.array([2])), UsageError, "one column 'n'"),
+    "dates beyond Python": (
+        lambda p: _parquet(p, n=pa.array([[2**62]], pa.list_(pa.timestamp("ms")))),
+        UsageError,
+        "t.parquet: the column 'n' of type list.*cannot be read",
+    ),
+    "nested bytes that are no text": (
+        lambda p: _parquet(p, n=pa.array([[b"caf\xe9"]]).view(pa.list_(pa.string()))),
+        UsageError,
+        "t.parquet: the column 'n' of type list.*cannot be read",
+    ),
     "web only": (lambda p: _text(p / "t.csv", "url\nhttps://x/a.mp4\n"), UsageError, "no row .* https.* img2dataset"),
 }
+
+
+def _parquet(folder: Path, **columns: pa.Array) -> Path:
+    names = ["n" if name == "m" else name for name in columns]
+    table = pa.Table.from_arrays([pa.array(["a.mp4"]), *columns.values()], ["url", *names])
+    pq.write_table(table, folder / "t.parquet")
+    return folder / "t.parquet"
 
 
 def _text(path: Path, text: str) -> Path:
@@ -470,6 +531,19 @@ def test_inputs_on_s3_are_planned_like_local_ones(s3_env: SeaweedFS) -> None:
         plan_shards(config(f"{root}/nothing"), store)
     with pytest.raises(StorageNotFoundError):
         plan_shards(config("s3://no-such-bucket/tars"), store)
+
+
+def test_a_key_with_empty_parts_names_its_own_object_and_no_other(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    # The store behind the tests tidies its keys, so only the listing is made up.
+    infos = [ObjectInfo(key=key, num_bytes=1, etag=None) for key in ("in//b.mp4", "in/a.mp4", "in/x//b.mp4")]
+    monkeypatch.setattr(S3Store, "list", lambda self, prefix: iter(infos))
+    monkeypatch.setattr(S3Store, "head", lambda self, key: None)
+    store = output(tmp_path)
+    entries = entries_of(store, plan_shards(config("s3://bucket/in"), store))
+    assert [entry.uri for entry in entries] == [f"s3://bucket/{info.key}" for info in infos]
+    assert [entry.problem and entry.problem[0] for entry in entries] == ["bad_member", None, "bad_member"]
 
 
 def test_two_inputs_with_one_shard_id_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

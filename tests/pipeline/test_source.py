@@ -496,6 +496,7 @@ def test_rows_that_cannot_be_had_are_rejected_one_by_one(tmp_path: Path) -> None
         "concat": ("concat://a.mp4|b.mp4", "not_allowed"),
         "escape": ("s3://bucket/../a.mp4", "not_allowed"),
         "bucket": ("s3://user:secret@host/a.mp4", "not_allowed"),
+        "long key": ("s3://bucket/" + "/".join(["\u732b" * 60] * 6) + ".mp4", "not_allowed"),
         "zero": ("videos/a\0.mp4", "not_allowed"),
         "long": ("videos/" + "a" * 5000 + ".mp4", "not_allowed"),
         "kind": ("videos/a.exe", "not_allowed"),
