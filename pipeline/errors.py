@@ -43,6 +43,10 @@ class StorageNotFoundError(StorageError):
     """The object, file or bucket does not exist."""
 
 
+class StorageDeniedError(StorageError):
+    """A local file exists and this user may not read it. Nothing is said of the files beside it."""
+
+
 class StorageUnavailableError(StorageError):
     """The store did not answer properly within the retry budget. Trying again later is safe."""
 

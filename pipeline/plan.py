@@ -40,7 +40,7 @@ import pyarrow.parquet as pq
 
 from pipeline.commit import create_once
 from pipeline.config import SourceConfig
-from pipeline.errors import RejectionError, StorageNotFoundError, UsageError
+from pipeline.errors import RejectionError, StorageDeniedError, StorageNotFoundError, UsageError
 from pipeline.format import column_name
 from pipeline.inputs import (
     COMPRESSIONS,
@@ -650,7 +650,8 @@ def _fields_in_slice(planned: Slice) -> list[dict[str, object]]:
             try:
                 with closing(open_input(entry.json_uri)) as file:
                     found += _objects(file.read(_LONGEST_JSON_BYTES))
-            except StorageNotFoundError:
+            except (StorageNotFoundError, StorageDeniedError):
+                # Its entry is rejected when it is encoded.
                 continue
     return found
 

@@ -30,7 +30,7 @@ from contextlib import closing
 from dataclasses import dataclass, field
 
 from pipeline.config import DecodeLimits, EncodingConfig
-from pipeline.errors import RejectionError, StorageError, StorageNotFoundError, UsageError
+from pipeline.errors import RejectionError, StorageDeniedError, StorageError, StorageNotFoundError, UsageError
 from pipeline.inputs import (
     MEDIA_KINDS,
     SliceEntry,
@@ -308,6 +308,9 @@ def _open_entry(
         return _failure(entry.key, error.reason, error.message, entry.uri or spec.source_uri)
     except StorageNotFoundError as error:
         return _failure(entry.key, "not_found", str(error), entry.uri)
+    except StorageDeniedError as error:
+        message = f"{error}; make it readable to this user and encode it into another output"
+        return _failure(entry.key, "unreadable", message, entry.uri)
     except UsageError as error:
         # One row with an address that no store takes must not end the run.
         return _failure(entry.key, "not_allowed", str(error), entry.uri)

@@ -24,7 +24,13 @@ from urllib.parse import unquote, urlsplit
 import fsspec
 from fsspec.utils import glob_translate
 
-from pipeline.errors import StorageError, StorageNotFoundError, StorageUnavailableError, UsageError
+from pipeline.errors import (
+    StorageDeniedError,
+    StorageError,
+    StorageNotFoundError,
+    StorageUnavailableError,
+    UsageError,
+)
 from pipeline.s3 import S3Store
 from pipeline.store import LocalStore, ObjectInfo, ObjectStore, sha256_of_file, shown_uri
 
@@ -209,6 +215,7 @@ def open_input_fd(uri: str) -> int:
 
     Raises:
         StorageNotFoundError: there is no such file.
+        StorageDeniedError: it is local and may not be read.
     """
     local = _local_path(uri)
     with _input_errors(uri):
@@ -327,7 +334,9 @@ def _input_errors(uri: str) -> Iterator[None]:
     except (FileNotFoundError, NotADirectoryError) as error:
         raise StorageNotFoundError(f"{where} does not exist") from error
     except PermissionError as error:
-        raise StorageError(f"{where} may not be read: {error.strerror or type(error).__name__}") from error
+        # Elsewhere than on a disk it is mostly the credentials, which deny all files alike.
+        kind = StorageError if _local_path(uri) is None else StorageDeniedError
+        raise kind(f"{where} may not be read: {error.strerror or type(error).__name__}") from error
     except (ImportError, ValueError) as error:
         raise UsageError(f"{where} cannot be read here: {error}") from error
     except OSError as error:

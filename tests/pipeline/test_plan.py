@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -20,12 +20,12 @@ from builders import CLIP_STILLS, CLIP_VIDEOS, clip_members, pack_clips, tar_byt
 from conftest import SeaweedFS
 
 from pipeline.config import SourceConfig
-from pipeline.errors import StorageNotFoundError, UsageError
+from pipeline.errors import StorageDeniedError, StorageNotFoundError, UsageError
 from pipeline.inputs import Slice, SliceEntry, read_slice
 from pipeline.plan import infer_passthrough, plan_shards
 from pipeline.records import ShardSpec
 from pipeline.s3 import S3Store
-from pipeline.storage import ObjectInfo, ObjectStore, open_store
+from pipeline.storage import ObjectInfo, ObjectStore, open_input, open_store
 
 
 def config(uri: Path | str, **more: Any) -> SourceConfig:
@@ -415,6 +415,22 @@ def test_passthrough_of_a_folder_is_read_from_the_files_beside_the_media(tmp_pat
         ("author", "changes", "license"), "string"
     )
     assert infer_passthrough(config(folder), "title", [], store) == {}
+
+
+def test_json_that_may_not_be_read_does_not_stop_the_planning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = touch(tmp_path / "in", "a.mp4", "a.json", "b.mp4")
+    (folder / "b.json").write_text('{"n": 1}', encoding="utf-8")
+    store = output(tmp_path)
+    specs = plan_shards(config(folder), store)
+
+    # Tests may run as root, who may read everything, so the answer of the system is made up.
+    def refusing(uri: str) -> BinaryIO:
+        if uri == f"{folder}/a.json":
+            raise StorageDeniedError(f"{uri} may not be read: Permission denied")
+        return open_input(uri)
+
+    monkeypatch.setattr("pipeline.plan.open_input", refusing)
+    assert infer_passthrough(config(folder), "caption", specs, store) == {"n": "int64"}
 
 
 def test_a_caption_column_that_the_table_lacks_is_wrong_use(tmp_path: Path) -> None:

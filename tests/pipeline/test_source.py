@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import hashlib
 import io
 import json
 import os
 import tarfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -460,6 +462,31 @@ def test_a_folder_gives_its_files_with_what_lies_beside_them(tmp_path: Path) -> 
     assert (video.caption, video.fields, video.source_uri) == ("a cat", {"stars": 5}, f"{folder}/one (1).mp4")
     assert video.media_kind == "video"
     assert drained.videos["cats/two"].media_kind == "image"
+
+
+@pytest.mark.parametrize("name", ["b.mp4", "b.txt"])
+def test_a_file_that_may_not_be_read_is_rejected_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for each in ("a.mp4", "b.mp4", "b.txt", "c.mp4"):
+        (folder / each).write_bytes(GOOD if each.endswith(".mp4") else b"text")
+
+    # Tests may run as root, who may read everything, so the answer of the system is made up.
+    def refusing(real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(path: Any, *more: Any, **named: Any) -> Any:
+            if str(path) == str(folder / name):
+                raise PermissionError(errno.EACCES, "Permission denied")
+            return real(path, *more, **named)
+
+        return call
+
+    monkeypatch.setattr("os.open", refusing(os.open))
+    monkeypatch.setattr("builtins.open", refusing(open))
+    drained = read_input(folder, tmp_path / "out")
+    assert (list(drained.videos), drained.reasons) == (["a", "c"], {"b": "unreadable"})
+    assert f"{folder / name} may not be read: Permission denied" in drained.failures[0].message
 
 
 def test_links_in_a_folder_are_read_and_a_broken_one_is_rejected_by_name(tmp_path: Path) -> None:
