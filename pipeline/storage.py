@@ -16,7 +16,7 @@ import shutil
 import stat
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, BinaryIO, cast
 from urllib.parse import unquote, urlsplit
@@ -138,7 +138,8 @@ def _walk(root: str, max_depth: int | None = None) -> list[InputFile]:
     pending: list[tuple[str, frozenset[tuple[int, int]]]] = [(root, frozenset())]
     while pending:
         folder, above = pending.pop()
-        with _input_errors(folder), os.scandir(folder) as entries:
+        # A folder may go while its neighbours are read; one that may not be read is an error, or its files are missed.
+        with _input_errors(folder), suppress(FileNotFoundError), os.scandir(folder) as entries:
             itself = os.stat(folder)
             identity = (itself.st_dev, itself.st_ino)
             if identity in above:
