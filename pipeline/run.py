@@ -55,8 +55,9 @@ _POLL_S = 0.5
 _GRACE_S = 10.0
 _STOP_S = 5.0
 _SNAPSHOT_EVERY = 1000
-# Calls to an actor that Ray is starting again fail after about two seconds: so long is it waited for a new node.
-_MAX_FAILED_STARTS = 60
+_MAX_FAILED_STARTS = 3
+# Calls to an actor that Ray is starting again fail after about two seconds: for minutes it may wait for a new node.
+_MAX_FAILED_RETURNS = 150
 # An actor that fails at every shard (a lost GPU context, a full disk) must not spend the attempts of all of them.
 _MAX_FAILED_SHARDS = 2
 _PATIENCE_S = 60.0
@@ -414,6 +415,7 @@ class _Slot:
     index: int
     handle: Any
     is_ready: bool = False
+    has_been_ready: bool = False
     held: set[str] = field(default_factory=set)
     num_failed_starts: int = 0  # since it was last ready
     num_failed_shards: int = 0  # since it last decided one
@@ -479,13 +481,14 @@ class _Pool:
         except RayActorError as error:
             slot.num_failed_starts += 1
             # Dead for good is an actor whose constructor failed; one that Ray starts again answers so for a while.
-            if isinstance(error, ActorDiedError) or slot.num_failed_starts >= _MAX_FAILED_STARTS:
+            limit = _MAX_FAILED_RETURNS if slot.has_been_ready else _MAX_FAILED_STARTS
+            if isinstance(error, ActorDiedError) or slot.num_failed_starts >= limit:
                 self._give_up(slot, error)
             else:
-                self._progress.say("actor", f"encoder {slot.index} does not answer yet: {_first_line(error)}")
+                self._progress.say("actor", f"encoder {slot.index} does not answer yet: {_in_short(error)}")
                 self._start(slot)
             return None
-        slot.is_ready = True
+        slot.is_ready = slot.has_been_ready = True
         slot.num_failed_starts = 0
         return facts
 
@@ -505,7 +508,7 @@ class _Pool:
         self.starting[slot.handle.start.remote()] = slot
 
     def _give_up(self, slot: _Slot, error: Exception) -> None:
-        message = f"encoder {slot.index} could not be started {slot.num_failed_starts} times: {_first_line(error)}"
+        message = f"encoder {slot.index} could not be started {slot.num_failed_starts} times: {_in_short(error)}"
         self._progress.say("actor", f"{message}; going on without it")
         if not self.starting and not any(other.is_ready for other in self.slots):
             raise LatentmillError(f"{message}. No encoder is left; what is committed stays, the same command goes on")
@@ -629,7 +632,7 @@ class _Dispatch:
         except RayActorError as error:
             self._suspects.add(spec.shard_id)
             self._pool.restart(slot, kill=False)
-            self._try_again(spec, slot, f"the worker process died: {_first_line(error)}")
+            self._try_again(spec, slot, f"the worker process died: {_in_short(error)}")
 
     def _try_again(self, spec: ShardSpec, slot: _Slot, message: str) -> None:
         self._failed_on[spec.shard_id] = slot.index
@@ -648,5 +651,7 @@ def _message(error: BaseException) -> str:
     return str(error) if isinstance(error, LatentmillError) else f"{type(error).__name__}: {error}"
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0]
+def _in_short(error: BaseException) -> str:
+    """The first line of an error of Ray, which says what happened, and the last, which says why."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return ": ".join(dict.fromkeys([lines[0], lines[-1]])) if lines else type(error).__name__

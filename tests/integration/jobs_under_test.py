@@ -43,11 +43,17 @@ class Outcome:
 class RunningJob:
     """A job started and not yet ended; its whole process tree ends with the `with` block."""
 
-    def __init__(self, flags: Sequence[str], env: Mapping[str, str], cwd: Path | None = None) -> None:
+    def __init__(
+        self,
+        flags: Sequence[str],
+        env: Mapping[str, str],
+        cwd: Path | None = None,
+        script: Sequence[str] = (str(ENCODE),),
+    ) -> None:
         self._stdout = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed by __exit__
         self._stderr = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self.process = psutil.Popen(
-            [sys.executable, str(ENCODE), "--progress", "plain", *flags],
+            [sys.executable, *script, "--progress", "plain", *flags],
             env={**os.environ, **env},
             cwd=cwd or tempfile.gettempdir(),
             stdout=self._stdout,
