@@ -23,6 +23,7 @@ from urllib.request import urlopen
 
 import psutil
 import pytest
+import torch
 from builders import CLIP_STILLS, CLIP_VIDEOS, pack_clips
 from conftest import SeaweedFS
 from integration.jobs_under_test import (
@@ -39,6 +40,7 @@ from integration.jobs_under_test import (
 from prometheus_client.parser import text_string_to_metric_families
 from servers import free_ports
 
+import cvvae
 from pipeline import LatentDataset
 
 NUM_SHARDS = 4
@@ -114,6 +116,19 @@ def test_another_configuration_is_refused_with_the_differing_keys(
     assert other.code == 3
     assert other.result["differences"] == {"fps": [8.0, 4.0], "store": ["mean", "moments"]}
     assert tree_of(output) == before
+
+
+def test_other_weights_under_any_name_are_refused_though_nothing_is_left_to_do(
+    undisturbed: tuple[Path, Outcome], shards: Path, ray_home: Mapping[str, str], tmp_path: Path
+) -> None:
+    output, _ = undisturbed
+    vae = cvvae.load("small")
+    with torch.no_grad():
+        next(vae.parameters()).add_(1e-3)
+    vae.save_pretrained(tmp_path / "model")
+    other = run_job([*_flags(shards, output), "--model", str(tmp_path / "model")], ray_home)
+    assert other.code == 3, other.said
+    assert list(other.result["differences"]) == ["weights_sha256"]
 
 
 def test_a_dry_run_says_what_there_is_to_do_and_writes_nothing(

@@ -1,0 +1,66 @@
+"""The demo: what it draws and says, and that it empties nobody's folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import cvvae
+from jobs.demo import _psnr_db, main
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+def _demo(output: Path, env: Mapping[str, str], *flags: str) -> tuple[str, dict[str, object]]:
+    command = [sys.executable, str(ROOT / "jobs" / "demo.py"), "--output", str(output), "--buckets", "64x64x17", *flags]
+    done = subprocess.run(
+        command, env={**os.environ, **env}, capture_output=True, text=True, timeout=200, check=False, cwd=output.parent
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout, json.loads((output / "summary.json").read_text(encoding="utf-8"))
+
+
+def test_the_demo_draws_every_clip_and_shows_no_quality_of_an_untrained_model(
+    ray_home: Mapping[str, str], tmp_path: Path
+) -> None:
+    said, summary = _demo(tmp_path / "out", ray_home)
+    assert "UNTRAINED" in said
+    assert "PSNR" not in said
+    assert (summary["is_trained"], summary["psnr_db"]) == (False, None)
+    assert summary["encode"]["num_records"] == summary["read"]["num_records"] == 12  # type: ignore[index]
+    with Image.open(tmp_path / "out" / "grid.png") as grid:
+        assert grid.height > 12 * 96
+    with Image.open(tmp_path / "out" / "clips.gif") as animation:
+        assert animation.n_frames == 17
+
+
+def test_a_trained_model_is_shown_with_its_psnr(ray_home: Mapping[str, str], tmp_path: Path) -> None:
+    cvvae.load("small").save_pretrained(tmp_path / "model")
+    config = tmp_path / "model" / "config.json"
+    fields = json.loads(config.read_text(encoding="utf-8"))
+    del fields["untrained"]
+    config.write_text(json.dumps(fields), encoding="utf-8")
+    said, summary = _demo(tmp_path / "out", ray_home, "--model", str(tmp_path / "model"))
+    assert isinstance(summary["psnr_db"], float)
+    assert f"PSNR {summary['psnr_db']} dB" in said
+    assert "UNTRAINED" not in said
+
+
+def test_psnr_is_that_of_its_definition() -> None:
+    black, grey = np.zeros((2, 4, 4, 3), np.uint8), np.full((2, 4, 4, 3), 51, np.uint8)
+    assert _psnr_db(black, grey) == pytest.approx(20 * np.log10(255 / 51))
+
+
+def test_a_folder_that_is_no_demo_output_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("all of it", encoding="utf-8")
+    with pytest.raises(SystemExit):
+        main(["--output", str(tmp_path)])
+    assert (tmp_path / "thesis.txt").exists()
