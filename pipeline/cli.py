@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from pipeline.commit import latest_snapshot, load_commits, read_manifest
+from pipeline.commit import latest_snapshot, load_commits, manifest_of_output
 from pipeline.errors import LatentmillError, UsageError
 from pipeline.records import Commit, DatasetManifest
 from pipeline.storage import ObjectStore, open_store
@@ -68,10 +68,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _open(uri: str) -> tuple[ObjectStore, DatasetManifest]:
     store = open_store(uri)
-    manifest = read_manifest(store)
-    if manifest is None:
-        raise UsageError(f"{uri} is no output of Latentmill: there is no _dataset.json in it")
-    return store, manifest
+    return store, manifest_of_output(store)
 
 
 def _commits(store: ObjectStore) -> list[Commit]:

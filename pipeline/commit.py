@@ -226,6 +226,18 @@ def read_manifest(store: ObjectStore) -> DatasetManifest | None:
     return None if data is None else _manifest_of(store, data)
 
 
+def manifest_of_output(store: ObjectStore) -> DatasetManifest:
+    """The description of an output that must be there.
+
+    Raises:
+        UsageError: no job opened an output here.
+    """
+    manifest = read_manifest(store)
+    if manifest is None:
+        raise UsageError(f"{store.root_uri} is no output of Latentmill: there is no {MANIFEST_KEY} in it")
+    return manifest
+
+
 def put_data_file(
     store: ObjectStore,
     path: Path,

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from pipeline.commit import latest_snapshot, load_commits, read_manifest, read_snapshot
+from pipeline.commit import latest_snapshot, load_commits, manifest_of_output, read_snapshot
 from pipeline.committed import DataFile, FileCache, RowReader, data_files
 from pipeline.epoch import REMAINDERS, WINDOW_FILES, GlobalBatch, Remainder, global_batches, num_batches
 from pipeline.errors import DamagedObjectError, StorageNotFoundError, UsageError
@@ -93,9 +93,7 @@ class LatentDataset(IterableDataset[dict[str, Any]]):
     ) -> None:
         _check_arguments(batch_size, shuffle_seed, rank, world_size, remainder)
         self._store = open_store(str(uri))
-        manifest = read_manifest(self._store)
-        if manifest is None:
-            raise UsageError(f"{uri} is no output of Latentmill: there is no _dataset.json in it")
+        manifest = manifest_of_output(self._store)
         _check_columns(columns, sample_posterior, manifest, str(uri))
         self.manifest = manifest
         self.snapshot, commits = _pinned_commits(self._store, snapshot)
@@ -282,8 +280,7 @@ def data_urls(uri: str, content: Content | None = None, snapshot: int | None = N
         UsageError: there is no dataset at `uri`.
     """
     store = open_store(uri)
-    if read_manifest(store) is None:
-        raise UsageError(f"{uri} is no output of Latentmill: there is no _dataset.json in it")
+    manifest_of_output(store)
     commits = load_commits(store) if snapshot is None else read_snapshot(store, snapshot).commits
     files = [file for commit in commits for file in commit.files]
     if content is None:

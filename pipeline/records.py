@@ -1,7 +1,7 @@
 """The types that flow through a run, each frozen and complete when built; a later step makes a new type.
 
-    ShardSpec --source--> SourceVideo --decode--> Clip --encode--> LatentRecord --write--> ShardResult --> Commit
-                   \\-> ClipFailure <-/--------------/           (failures travel in the ShardResult)
+    ShardSpec --source--> SourceVideo --decode--> Clip --encode--> LatentRecord --write--> FileStat --> Commit
+                   \\-> ClipFailure <-/--------------/           (failures are rows of a file too)
 
 Not a place for behaviour: only the invariants of the types are checked here. The lower-level types that only one module
 uses live in that module. Used by every module of `pipeline`.
@@ -263,16 +263,6 @@ class ShardCounts:
     def __post_init__(self) -> None:
         assert self.num_videos == self.num_videos_ok + self.num_videos_rejected, f"videos do not balance: {self}"
         assert self.num_clips == self.num_records + self.num_clips_rejected, f"clips do not balance: {self}"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ShardResult:
-    """What an attempt made of a shard, before the commit point."""
-
-    spec: ShardSpec
-    files: tuple[FileStat, ...]
-    counts: ShardCounts
-    timings_s: Mapping[str, float]  # seconds per stage, by metrics.STAGES
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

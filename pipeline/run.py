@@ -162,7 +162,7 @@ def run(config: JobConfig, progress: Progress, metrics: RunMetrics) -> RunSummar
             facts = pool.start(interrupt)
             if facts is None:
                 return ledger.summary(EXIT_INTERRUPTED, load_commits(store, decided), None, None)
-            manifest = _open_output(store, config, facts, specs)
+            manifest = _open_output(store, stored, config, facts, specs)
             if not manifest.model.is_trained:
                 progress.say("untrained", f"the model {manifest.model.model!r} is untrained: its latents mean nothing")
             _Dispatch(pool, manifest, ledger, interrupt, progress, store).until_decided()
@@ -188,14 +188,17 @@ def _refuse_other_model(store: ObjectStore, stored: DatasetManifest, config: Job
 
 
 def _open_output(
-    store: ObjectStore, config: JobConfig, facts: WorkerFacts, specs: Sequence[ShardSpec]
+    store: ObjectStore,
+    stored: DatasetManifest | None,
+    config: JobConfig,
+    facts: WorkerFacts,
+    specs: Sequence[ShardSpec],
 ) -> DatasetManifest:
     """The manifest that stands in the output, ours or an equal one.
 
     Raises:
         ConfigMismatchError: what stands there differs.
     """
-    stored = read_manifest(store)
     fields: dict[str, object] = {
         **config.encoding.fingerprint_fields(facts.device_type),
         "weights_sha256": facts.model.weights_sha256,
