@@ -1,7 +1,8 @@
 """The configuration of a job: typed, checked, and the same keys as flags and as YAML.
 
 Not where values are used, and not where the environment is read. `jobs/encode_laion.py` parses the command line here;
-`run`, `actors`, `decode` and `codec` take the part that concerns them. Precedence: default < YAML file < flag.
+`run`, `actors`, `decode` and `codec` take the part that concerns them. Precedence: default < YAML file < flag. Other
+jobs describe their parts with `option` and its parsers and read them with `read_parts`.
 `EncodingConfig` is the part that changes output bytes: it goes into the fingerprint of the dataset, the rest does not.
 """
 
@@ -77,7 +78,7 @@ def parse_fps(text: str) -> float | None:
     return fps
 
 
-def _whole(name: str, lowest: int) -> Callable[[str], int]:
+def whole(name: str, lowest: int) -> Callable[[str], int]:
     def parse(text: str) -> int:
         try:
             value = int(text)
@@ -90,7 +91,7 @@ def _whole(name: str, lowest: int) -> Callable[[str], int]:
     return parse
 
 
-def _number(name: str, low: float, high: float) -> Callable[[str], float]:
+def number(name: str, low: float, high: float) -> Callable[[str], float]:
     def parse(text: str) -> float:
         try:
             value = float(text)
@@ -103,11 +104,11 @@ def _number(name: str, low: float, high: float) -> Callable[[str], float]:
     return parse
 
 
-def _auto(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+def auto_or(parse: Callable[[str], Any]) -> Callable[[str], Any]:
     return lambda text: None if text == "auto" else parse(text)
 
 
-def _choice(name: str, allowed: Sequence[str]) -> Callable[[str], str]:
+def choice(name: str, allowed: Sequence[str]) -> Callable[[str], str]:
     def parse(text: str) -> str:
         if text not in allowed:
             raise UsageError(f"--{name}: {text!r} is not one of {', '.join(allowed)}")
@@ -116,7 +117,7 @@ def _choice(name: str, allowed: Sequence[str]) -> Callable[[str], str]:
     return parse
 
 
-def _yes_no(name: str) -> Callable[[str], bool]:
+def yes_no(name: str) -> Callable[[str], bool]:
     def parse(text: str) -> bool:
         if text.lower() not in ("true", "false"):
             raise UsageError(f"{name}: {text!r} is neither true nor false")
@@ -135,8 +136,15 @@ def _reasons(text: str) -> tuple[str, ...]:
     return names
 
 
-def _option(help_text: str, parse: Callable[[str], Any], default: Any = MISSING, is_switch: bool = False) -> Any:
-    metadata = {"help": help_text, "parse": parse, "is_switch": is_switch}
+def option(
+    help_text: str,
+    parse: Callable[[Any], Any],
+    default: Any = MISSING,
+    is_switch: bool = False,
+    is_nested: bool = False,
+) -> Any:
+    """A field that is a flag and a YAML key; a nested one is a YAML key only, parsed as YAML gives it, not as text."""
+    metadata = {"help": help_text, "parse": parse, "is_switch": is_switch, "is_nested": is_nested}
     return field(default=default, metadata=metadata) if default is not MISSING else field(metadata=metadata)
 
 
@@ -144,67 +152,67 @@ def _option(help_text: str, parse: Callable[[str], Any], default: Any = MISSING,
 class SourceConfig:
     """What is read. The slices that it leads to are written down once and never cut again."""
 
-    input: str = _option("URI of a folder, glob, table (Parquet, CSV, JSONL) or of img2dataset tars", str)
-    uri_column: str = _option("column of a table that holds the video URIs", str, "url")
-    samples_per_shard: int | None = _option(
+    input: str = option("URI of a folder, glob, table (Parquet, CSV, JSONL) or of img2dataset tars", str)
+    uri_column: str = option("column of a table that holds the video URIs", str, "url")
+    samples_per_shard: int | None = option(
         "videos per slice of a table or folder; auto: 64 videos or 1000 images",
-        _auto(_whole("samples-per-shard", 1)),
+        auto_or(whole("samples-per-shard", 1)),
         None,
     )
-    limit: int | None = _option("decide at most this many shards in this run", _whole("limit", 1), None)
+    limit: int | None = option("decide at most this many shards in this run", whole("limit", 1), None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EncodingConfig:
     """Everything chosen by the user that changes the bytes of the output."""
 
-    model: str = _option("name (small), folder or hub id of a CV-VAE", str)
-    subfolder: str | None = _option("folder inside the model's folder or hub repository", str, None)
-    revision: str | None = _option("hub revision to pin", str, None)
-    format: str = _option("parquet, webdataset or both", _choice("format", FORMATS), "parquet")
-    buckets: tuple[Bucket, ...] = _option(
+    model: str = option("name (small), folder or hub id of a CV-VAE", str)
+    subfolder: str | None = option("folder inside the model's folder or hub repository", str, None)
+    revision: str | None = option("hub revision to pin", str, None)
+    format: str = option("parquet, webdataset or both", choice("format", FORMATS), "parquet")
+    buckets: tuple[Bucket, ...] = option(
         "WIDTHxHEIGHTxFRAMES;... (sides multiples of 8, frames 1+4k)",
         parse_buckets,
         parse_buckets("256x256x17"),
     )
-    fps: float | None = _option("frames per second of the clips, or native", parse_fps, 8.0)
-    clips_per_video: int | None = _option(
-        "at most this many clips of a video; auto: as many as fit", _auto(_whole("clips-per-video", 1)), None
+    fps: float | None = option("frames per second of the clips, or native", parse_fps, 8.0)
+    clips_per_video: int | None = option(
+        "at most this many clips of a video; auto: as many as fit", auto_or(whole("clips-per-video", 1)), None
     )
-    clip_stride: int | None = _option(
+    clip_stride: int | None = option(
         "frames (at --fps) from one clip's start to the next; auto: the bucket's length",
-        _auto(_whole("clip-stride", 1)),
+        auto_or(whole("clip-stride", 1)),
         None,
     )
-    caption_column: str = _option("column or JSON field that holds the caption", str, "caption")
-    upscale: bool = _option(
-        "enlarge pictures that are smaller than the bucket", _yes_no("upscale"), False, is_switch=True
+    caption_column: str = option("column or JSON field that holds the caption", str, "caption")
+    upscale: bool = option(
+        "enlarge pictures that are smaller than the bucket", yes_no("upscale"), False, is_switch=True
     )
-    store: str = _option("mean, or moments for mean and log-variance", _choice("store", STORES), "mean")
-    store_dtype: str = _option("float16 or float32", _choice("store-dtype", STORE_DTYPES), "float16")
-    compute_dtype: str = _option(
+    store: str = option("mean, or moments for mean and log-variance", choice("store", STORES), "mean")
+    store_dtype: str = option("float16 or float32", choice("store-dtype", STORE_DTYPES), "float16")
+    compute_dtype: str = option(
         "auto (float32 on CPU, bfloat16 on GPU), float32, bfloat16 or float16",
-        _choice("compute-dtype", COMPUTE_DTYPES),
+        choice("compute-dtype", COMPUTE_DTYPES),
         "auto",
     )
-    batch_frames: int = _option(
+    batch_frames: int = option(
         "frames of one encoder call on a GPU at 256x256 (fewer at larger sizes); a CPU takes one clip a call",
-        _whole("batch-frames", 1),
+        whole("batch-frames", 1),
         136,
     )
-    chunk_frames: int | None = _option(
+    chunk_frames: int | None = option(
         "frames of a temporal chunk inside the VAE, multiple of 4; auto: the model's own",
-        _auto(_whole("chunk-frames", 0)),
+        auto_or(whole("chunk-frames", 0)),
         None,
     )
-    tile_px: int | None = _option(
+    tile_px: int | None = option(
         "side of a spatial tile inside the VAE, 0: never tile; auto: the model's own",
-        _auto(_whole("tile-px", 0)),
+        auto_or(whole("tile-px", 0)),
         None,
     )
-    cpus_per_actor: int | None = _option(
+    cpus_per_actor: int | None = option(
         "CPU cores of an actor and threads of its encoder; auto: 1 without a GPU, 4 with one",
-        _auto(_whole("cpus-per-actor", 1)),
+        auto_or(whole("cpus-per-actor", 1)),
         None,
     )
 
@@ -241,21 +249,19 @@ class EncodingConfig:
 class DecodeLimits:
     """What a decode child may cost. A video over a limit is rejected, never shortened."""
 
-    max_picture_px: int = _option("pixels of one frame", _whole("max-picture-px", 64), 4096 * 4096)
-    max_duration_s: float = _option("seconds of a video", _number("max-duration-s", 0.1, 1e7), 7200.0)
-    max_frames: int = _option("frames of a video", _whole("max-frames", 1), 500_000)
-    max_streams: int = _option("streams of a file", _whole("max-streams", 1), 8)
-    max_file_bytes: int = _option("bytes of a file", _whole("max-file-bytes", 1), 20_000_000_000)
-    decode_timeout_s: float = _option(
-        "seconds that a decode child may stay silent", _number("decode-timeout-s", 0.5, 1e5), 60.0
+    max_picture_px: int = option("pixels of one frame", whole("max-picture-px", 64), 4096 * 4096)
+    max_duration_s: float = option("seconds of a video", number("max-duration-s", 0.1, 1e7), 7200.0)
+    max_frames: int = option("frames of a video", whole("max-frames", 1), 500_000)
+    max_streams: int = option("streams of a file", whole("max-streams", 1), 8)
+    max_file_bytes: int = option("bytes of a file", whole("max-file-bytes", 1), 20_000_000_000)
+    decode_timeout_s: float = option(
+        "seconds that a decode child may stay silent", number("decode-timeout-s", 0.5, 1e5), 60.0
     )
-    decode_memory_bytes: int = _option(
-        "address space of a decode child", _whole("decode-memory-bytes", 1 << 28), 4 << 30
-    )
-    videos_per_child: int = _option("videos after which a decode child is replaced", _whole("videos-per-child", 1), 200)
-    decode_processes: int | None = _option(
+    decode_memory_bytes: int = option("address space of a decode child", whole("decode-memory-bytes", 1 << 28), 4 << 30)
+    videos_per_child: int = option("videos after which a decode child is replaced", whole("videos-per-child", 1), 200)
+    decode_processes: int | None = option(
         "decode children per actor; auto: one per core of the actor",
-        _auto(_whole("decode-processes", 1)),
+        auto_or(whole("decode-processes", 1)),
         None,
     )
 
@@ -264,32 +270,32 @@ class DecodeLimits:
 class RunConfig:
     """How the run is carried out. Nothing here changes a byte of the output."""
 
-    output: str = _option("URI of the dataset to write: a local folder or s3://bucket/prefix", str)
-    num_actors: int | None = _option("actors; auto: as many as the cluster holds", _auto(_whole("num-actors", 1)), None)
-    gpus_per_actor: float | None = _option(
+    output: str = option("URI of the dataset to write: a local folder or s3://bucket/prefix", str)
+    num_actors: int | None = option("actors; auto: as many as the cluster holds", auto_or(whole("num-actors", 1)), None)
+    gpus_per_actor: float | None = option(
         "GPUs of an actor, a fraction shares one; auto: 1 where there are GPUs, else 0",
-        _auto(_number("gpus-per-actor", 0, 64)),
+        auto_or(number("gpus-per-actor", 0, 64)),
         None,
     )
-    max_attempts: int = _option("attempts at a shard before it is left undone", _whole("max-attempts", 1), 3)
-    max_rejected_share: float = _option(
-        "share of rejected videos above which the exit code is 5", _number("max-rejected-share", 0, 1), 0.5
+    max_attempts: int = option("attempts at a shard before it is left undone", whole("max-attempts", 1), 3)
+    max_rejected_share: float = option(
+        "share of rejected videos above which the exit code is 5", number("max-rejected-share", 0, 1), 0.5
     )
-    single_writer: bool = _option(
+    single_writer: bool = option(
         "allow a store without conditional writes (then never run two jobs at once)",
-        _yes_no("single_writer"),
+        yes_no("single_writer"),
         False,
         is_switch=True,
     )
-    dry_run: bool = _option("say what would be done and stop", _yes_no("dry_run"), False, is_switch=True)
-    retry_failed: tuple[str, ...] = _option("encode rejections of these reasons again", _reasons, ())
-    text_encoder: str | None = _option("also encode captions; not available in this version", str, None)
-    metrics_port: int | None = _option(
-        "serve Prometheus metrics on 127.0.0.1:PORT (0: any free one)", _whole("metrics-port", 0), None
+    dry_run: bool = option("say what would be done and stop", yes_no("dry_run"), False, is_switch=True)
+    retry_failed: tuple[str, ...] = option("encode rejections of these reasons again", _reasons, ())
+    text_encoder: str | None = option("also encode captions; not available in this version", str, None)
+    metrics_port: int | None = option(
+        "serve Prometheus metrics on 127.0.0.1:PORT (0: any free one)", whole("metrics-port", 0), None
     )
-    metrics_address: str = _option("address that the metrics are served on", str, "127.0.0.1")
-    progress: str = _option("auto, plain or json", _choice("progress", PROGRESS), "auto")
-    ray_address: str | None = _option(
+    metrics_address: str = option("address that the metrics are served on", str, "127.0.0.1")
+    progress: str = option("auto, plain or json", choice("progress", PROGRESS), "auto")
+    ray_address: str | None = option(
         "address of a running Ray cluster; default: the one of `ray job submit`, else an embedded one",
         str,
         None,
@@ -306,7 +312,8 @@ class JobConfig:
     run: RunConfig
 
 
-_PARTS: Mapping[str, type[Any]] = {
+Parts = Mapping[str, type[Any]]
+_PARTS: Parts = {
     "source": SourceConfig,
     "encoding": EncodingConfig,
     "decode": DecodeLimits,
@@ -314,8 +321,8 @@ _PARTS: Mapping[str, type[Any]] = {
 }
 
 
-def _options() -> dict[str, tuple[str, Field[Any]]]:
-    return {f.name: (part, f) for part, cls in _PARTS.items() for f in fields(cls)}
+def _options(parts: Parts) -> dict[str, tuple[str, Field[Any]]]:
+    return {f.name: (part, f) for part, cls in parts.items() for f in fields(cls)}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -323,13 +330,15 @@ class _Parser(argparse.ArgumentParser):
         raise UsageError(f"{message}; see --help")
 
 
-def argument_parser() -> argparse.ArgumentParser:
-    """The parser of the flags; values stay text and are checked by `parse_arguments`."""
-    parser = _Parser(
-        prog="encode_laion.py", description=__doc__.splitlines()[0] if __doc__ else None, allow_abbrev=False
-    )
-    for name, (part, f) in _options().items():
+def argument_parser(
+    parts: Parts = _PARTS, prog: str = "encode_laion.py", description: str | None = None
+) -> argparse.ArgumentParser:
+    """The parser of the flags; values stay text and are checked by `read_parts`."""
+    parser = _Parser(prog=prog, description=description or (__doc__ or "").split("\n")[0], allow_abbrev=False)
+    for name, (part, f) in _options(parts).items():
         flag = "--" + name.replace("_", "-")
+        if f.metadata["is_nested"]:
+            continue
         if f.metadata["is_switch"]:
             parser.add_argument(flag, action="store_const", const="true", default=None, help=f.metadata["help"])
         else:
@@ -340,7 +349,7 @@ def argument_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _read_yaml(path: str) -> dict[str, str]:
+def _read_yaml(path: str, parts: Parts) -> dict[str, Any]:
     try:
         loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -349,12 +358,15 @@ def _read_yaml(path: str) -> dict[str, str]:
         return {}
     if not isinstance(loaded, dict):
         raise UsageError(f"--config: {path} holds a {type(loaded).__name__}, not a mapping of keys to values")
-    known = _options()
-    given: dict[str, str] = {}
+    known = _options(parts)
+    given: dict[str, Any] = {}
     for key, value in loaded.items():
         name = str(key).replace("-", "_")
         if name not in known:
             raise UsageError(f"--config: {path} has the unknown key {key!r}; known keys: {', '.join(sorted(known))}")
+        if known[name][1].metadata["is_nested"]:
+            given[name] = value
+            continue
         if isinstance(value, list):
             value = (";" if name == "buckets" else ",").join(str(entry) for entry in value)
         if isinstance(value, dict) or value is None:
@@ -363,32 +375,38 @@ def _read_yaml(path: str) -> dict[str, str]:
     return given
 
 
-def parse_arguments(argv: Sequence[str]) -> JobConfig:
-    """The checked configuration of a command line.
+def read_parts(
+    argv: Sequence[str], parts: Parts, prog: str = "encode_laion.py", description: str | None = None
+) -> dict[str, Any]:
+    """The parts of a job's configuration, checked: the name of each part -> its dataclass, filled.
 
     Raises:
         UsageError: an unknown flag or key, a missing required one, or a value that is not allowed; the message says
             which value, what is allowed and why.
     """
-    arguments = vars(argument_parser().parse_args(argv))
+    arguments = vars(argument_parser(parts, prog, description).parse_args(argv))
     path = arguments.pop("config")
-    given = _read_yaml(path) if path is not None else {}
+    given = _read_yaml(path, parts) if path is not None else {}
     given |= {name: text for name, text in arguments.items() if text is not None}
-    known = _options()
+    known = _options(parts)
     missing = [name for name, (_, f) in known.items() if f.default is MISSING and name not in given]
     if missing:
         flags = ", ".join("--" + name.replace("_", "-") for name in missing)
         raise UsageError(f"{flags} must be given, as a flag or in --config; see --help")
-    values: dict[str, dict[str, Any]] = {part: {} for part in _PARTS}
-    for name, text in given.items():
+    values: dict[str, dict[str, Any]] = {part: {} for part in parts}
+    for name, value in given.items():
         part, f = known[name]
-        values[part][name] = f.metadata["parse"](text)
-    config = JobConfig(
-        source=SourceConfig(**values["source"]),
-        encoding=EncodingConfig(**values["encoding"]),
-        decode=DecodeLimits(**values["decode"]),
-        run=RunConfig(**values["run"]),
-    )
+        values[part][name] = f.metadata["parse"](value)
+    return {part: cls(**values[part]) for part, cls in parts.items()}
+
+
+def parse_arguments(argv: Sequence[str]) -> JobConfig:
+    """The checked configuration of a command line of the encode job.
+
+    Raises:
+        UsageError: as `read_parts`, or two values that do not go together.
+    """
+    config = JobConfig(**read_parts(argv, _PARTS))
     if config.encoding.chunk_frames is not None and config.encoding.chunk_frames % 4:
         raise UsageError(
             f"--chunk-frames: {config.encoding.chunk_frames} is not a multiple of 4 (0 switches chunks off)"
