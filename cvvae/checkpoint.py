@@ -29,7 +29,9 @@ WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 _SHIPPED = Path(__file__).parent / "weights"
 _UNTRAINED_SEED = 20405
 
-# Own name -> published name; the first rule that matches a part wins, each rule applies once.
+_POST_QUANT_RULE = (r"^decoder\.post_quant_conv\.", r"post_quant_conv.")
+# Own name -> published name; a family without rules is stored under its own names. The first rule that matches a part
+# wins, each rule applies once.
 _KEY_RULES: dict[str, tuple[tuple[str, str], ...]] = {
     "CVVAEModel": (
         (r"^encoder\.levels\.(\d)\.blocks\.", r"encoder.down.\1.block."),
@@ -42,6 +44,7 @@ _KEY_RULES: dict[str, tuple[tuple[str, str], ...]] = {
         (r"\.middle\.attention\.(norm|q|k|v)\.", r".mid.attn_1.\1."),
         (r"\.middle\.attention\.out\.", r".mid.attn_1.proj_out."),
         (r"\.shortcut\.", r".nin_shortcut."),
+        _POST_QUANT_RULE,
     ),
     "CVVAESD3Model": (
         (r"^encoder\.levels\.(\d)\.blocks\.", r"encoder.down_blocks.\1.resnets."),
@@ -55,6 +58,7 @@ _KEY_RULES: dict[str, tuple[tuple[str, str], ...]] = {
         (r"\.middle\.attention\.out\.", r".mid_block.attentions.0.to_out.0."),
         (r"\.norm_out\.", r".conv_norm_out."),
         (r"\.shortcut\.", r".conv_shortcut."),
+        _POST_QUANT_RULE,
     ),
 }
 
@@ -85,7 +89,7 @@ def load(
             or wrongly shaped; all of them are listed.
         ConfigError: `config.json` does not describe a model that this package can build.
     """
-    folder, source, commit = _find(os.fspath(model), subfolder, revision)
+    folder, source, commit = find_folder(os.fspath(model), subfolder, revision)
     config = read_config(folder)
     dtype = torch.float32 if torch_dtype is None else torch_dtype
     if not dtype.is_floating_point:
@@ -95,7 +99,7 @@ def load(
         vae = CVVAE(config)
     if weights_path.is_file():
         digest = _sha256_of_file(weights_path)
-        _fill(vae, _read_safetensors(weights_path, dtype), str(weights_path))
+        _fill(vae, read_safetensors(weights_path, dtype), str(weights_path))
     elif config.untrained:
         made = _made_weights(vae)
         digest = _sha256_of_tensors(made)
@@ -142,9 +146,9 @@ def read_config(folder: Path) -> CVVAEConfig:
         raise ConfigError(f"{path}: {error}") from error
 
 
-def published_key(name: str, config: CVVAEConfig) -> str:
-    """The published key of a parameter of this package, such as encoder.levels.0.blocks.0.conv1.weight."""
-    for pattern, replacement in _KEY_RULES[config.class_name]:
+def published_key(name: str, class_name: str) -> str:
+    """The family's published key of a parameter of this package, such as encoder.levels.0.blocks.0.conv1.weight."""
+    for pattern, replacement in _KEY_RULES.get(class_name, ()):
         name = re.sub(pattern, replacement, name)
     # LDM counts the decoder's levels by resolution, highest first; the decoder here counts them as it runs them.
     return re.sub(r"<(\d)>", lambda match: str(NUM_LEVELS - 1 - int(match[1])), name)
@@ -152,11 +156,15 @@ def published_key(name: str, config: CVVAEConfig) -> str:
 
 def published_state_dict(vae: CVVAE) -> dict[str, Tensor]:
     """The parameters under their published keys; not copies."""
-    return {published_key(name, vae.config): tensor for name, tensor in vae.state_dict().items()}
+    return {published_key(name, vae.config.class_name): tensor for name, tensor in vae.state_dict().items()}
 
 
-def _find(model: str, subfolder: str | None, revision: str | None) -> tuple[Path, str, str]:
-    """(folder, where it came from, commit of the hub repository or "")."""
+def find_folder(model: str, subfolder: str | None, revision: str | None) -> tuple[Path, str, str]:
+    """(folder, where it came from, commit of the hub repository or "") of a shipped name, a folder or a hub id.
+
+    Raises:
+        CheckpointError: there is none, or no network for a hub id.
+    """
     is_name = re.fullmatch(r"[\w.-]+", model) is not None and (_SHIPPED / model / CONFIG_NAME).is_file()
     if is_name or os.path.isdir(model):
         folder = (_SHIPPED if is_name else Path()) / model / (subfolder or "")
@@ -196,7 +204,14 @@ def _missing_file(path: Path) -> str:
     )
 
 
-def _read_safetensors(path: Path, dtype: torch.dtype) -> dict[str, Tensor]:
+def read_safetensors(path: Path, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Every tensor of a file, in that data type.
+
+    Raises:
+        CheckpointError: the file is cut off or something else.
+    """
+    if not path.is_file():
+        raise CheckpointError(_missing_file(path))
     tensors: dict[str, Tensor] = {}
     try:
         # One tensor at a time: a file of another type is never in memory twice.
@@ -216,7 +231,7 @@ def _fill(vae: CVVAE, tensors: Mapping[str, Tensor], source: str) -> None:
     Raises:
         CheckpointError: a key is missing, unused or wrongly shaped.
     """
-    own_names = {published_key(name, vae.config): name for name in vae.state_dict()}
+    own_names = {published_key(name, vae.config.class_name): name for name in vae.state_dict()}
     wanted = {key: tuple(tensor.shape) for key, tensor in published_state_dict(vae).items()}
     problems = _listing("missing", wanted.keys() - tensors.keys())
     problems += _listing("unused", tensors.keys() - wanted.keys())

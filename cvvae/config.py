@@ -1,18 +1,20 @@
 """What a CV-VAE is made of: one frozen description, read from and written to the published `config.json`.
 
 Both published families are one architecture here; where they differ (padding, norm epsilon, attention, key
-names) the difference is a field of `CVVAEConfig`, filled from the table of the family. This module knows no
-tensors. `layers`, `model`, `tiling` and `checkpoint` read it; users meet it as `vae.config`.
+names) the difference is a field of `CVVAEConfig`, filled from the table of the family. The variant norm="frame",
+which is not published, fills the same fields from a table of its own. This module knows no tensors. `layers`,
+`model`, `tiling` and `checkpoint` read it; users meet it as `vae.config`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 PaddingMode = Literal["zeros", "replicate"]
 Attention = Literal["spatial", "spatial_temporal"]
+Norm = Literal["clip", "frame"]
 
 TEMPORAL_COMPRESSION = 4
 SPATIAL_COMPRESSION = 8
@@ -41,6 +43,9 @@ class CVVAEConfig:
     """Width of each of the four levels, full resolution first."""
     layers_per_block: int = 2
     """Residual blocks per encoder level; the decoder has one more."""
+    norm: Norm = "clip"
+    """What a GroupNorm pools over. "clip": all frames given, as published. "frame": each frame by itself, and with that
+    the variant whose two halves are causal and which starts as the image VAE that it was inflated from."""
     norm_num_groups: int = 32
     """Groups of every GroupNorm."""
     norm_eps: float = 1e-5
@@ -54,9 +59,12 @@ class CVVAEConfig:
     spatial_padding: PaddingMode = "zeros"
     """How 3D convolutions continue a frame beyond its border (2D ones always with zeros)."""
     decoder_time_padding: PaddingMode = "zeros"
-    """How the decoder's stride-1 convolutions continue a clip at both ends; the encoder always repeats frame 0."""
+    """How the decoder's stride-1 convolutions continue a clip at both ends; the encoder, and all of a causal model,
+    always repeat frame 0."""
     downsample_padding: Literal["right_bottom", "both"] = "right_bottom"
     """Where a downsampling convolution pads; decides floor(H/8) or ceil(H/8) for odd sizes."""
+    post_quant_conv: bool = False
+    """The decoder begins with a 1x1 map of the latents, as in image VAEs before SD3; no published model has it."""
     chunk_num_frames: int | None = 16
     """Stride of temporal chunks, which have one frame more; None: clips run in one piece."""
     tile_size_px: int | None = 576
@@ -84,12 +92,32 @@ class CVVAEConfig:
                     f"a level is {width} channels wide, which norm_num_groups={self.norm_num_groups} does not "
                     f"divide; GroupNorm needs equal groups: change the width or norm_num_groups"
                 )
+        if self.norm not in get_args(Norm):
+            raise ConfigError(f"norm is {self.norm!r}: allowed are {', '.join(map(repr, get_args(Norm)))}")
+        if self.norm == "frame":
+            for name, needed in _FRAME_VARIANT.items():
+                if getattr(self, name) != needed:
+                    raise ConfigError(
+                        f"{name} is {getattr(self, name)!r} beside norm='frame': that variant is causal and starts as "
+                        f"an image VAE, which needs {needed!r}; leave the field out, or use norm='clip'"
+                    )
+        base = self.block_out_channels[0]
+        if self.class_name == "CVVAEModel" and any(width % base for width in self.block_out_channels):
+            raise ConfigError(
+                f"block widths are {self.block_out_channels}: the published fields of a CVVAEModel (ch, ch_mult) need "
+                f"multiples of the first one"
+            )
         for name, step in (("chunk_num_frames", TEMPORAL_COMPRESSION), ("tile_size_px", SPATIAL_COMPRESSION)):
             value = getattr(self, name)
             if value is not None and (value < step or value % step):
                 raise ConfigError(f"{name} is {value}: a positive multiple of {step} is needed, one latent step")
         if not 0 <= self.tile_overlap_ratio < 1:
             raise ConfigError(f"tile_overlap_ratio is {self.tile_overlap_ratio}: allowed is 0 <= ratio < 1")
+
+    @property
+    def is_causal(self) -> bool:
+        """No latent depends on a later frame and no frame on a later latent, so that both halves can stream."""
+        return self.norm == "frame"
 
     @classmethod
     def from_published(cls, published: Mapping[str, Any]) -> CVVAEConfig:
@@ -103,10 +131,17 @@ class CVVAEConfig:
             raise ConfigError(f"_class_name is {class_name!r}: supported are {', '.join(_FAMILIES)}")
         family = _FAMILIES[class_name]
         given = {key: value for key, value in published.items() if key not in _BOOKKEEPING}
-        values: dict[str, Any] = {"class_name": class_name, **family.defaults}
+        norm = published.get("norm", family.defaults.get("norm", "clip"))
+        values = {"class_name": class_name, **_defaults(family, norm)}
         unknown = []
         for key, value in given.items():
-            if key in family.fixed:
+            if key == "causal_decoder":
+                if value != (norm == "frame"):
+                    raise ConfigError(
+                        f"config.json of a {class_name} has causal_decoder={value!r} and norm={norm!r}: the decoder is "
+                        f"causal with norm='frame' and only then"
+                    )
+            elif key in family.fixed:
                 _check_fixed(class_name, key, value, family.fixed[key])
             elif key in family.ignored or key in ("ch", "ch_mult"):
                 continue
@@ -130,6 +165,7 @@ class CVVAEConfig:
         family = _FAMILIES[self.class_name]
         published: dict[str, Any] = {"_class_name": self.class_name}
         published.update({key: _listed(values[0]) for key, values in family.fixed.items()})
+        published["causal_decoder"] = self.is_causal
         published.update(family.ignored)
         for key, name in family.renamed.items():
             published[key] = _published_value(key, getattr(self, name))
@@ -137,10 +173,12 @@ class CVVAEConfig:
             base = self.block_out_channels[0]
             published["ch"] = base
             published["ch_mult"] = [width // base for width in self.block_out_channels]
-        defaults = type(self)(class_name=self.class_name, **family.defaults)
+        defaults = type(self)(class_name=self.class_name, **_defaults(family, self.norm))
         for name in sorted(_FIELD_NAMES - set(family.renamed.values()) - {"class_name", "block_out_channels"}):
             if getattr(self, name) != getattr(defaults, name):
                 published[name] = getattr(self, name)
+        if self.norm != family.defaults.get("norm", "clip"):
+            published["norm"] = self.norm
         return dict(sorted(published.items()))
 
 
@@ -158,6 +196,16 @@ class _Family:
 
 _BOOKKEEPING = frozenset({"_class_name", "_diffusers_version", "_name_or_path", "_commit_hash", "_use_default_values"})
 _FIELD_NAMES = frozenset(field.name for field in fields(CVVAEConfig))
+_FRAME_VARIANT: dict[str, Any] = {
+    "norm": "frame",
+    "norm_eps": 1e-6,
+    "encoder_attention": "spatial",
+    "decoder_attention": "spatial",
+    "spatial_padding": "zeros",
+    "decoder_time_padding": "replicate",
+    "downsample_padding": "right_bottom",
+}
+"""The fields that norm="frame" decides in every family; each as in an image VAE, or needed for causality."""
 _ATTENTION_NAMES: dict[str, Attention] = {
     "vanilla-xformers": "spatial",
     "vanilla": "spatial",
@@ -170,7 +218,6 @@ _CHUNK_AND_TILE = {
 }
 _FIXED_IN_BOTH: dict[str, tuple[Any, ...]] = {
     "causal_encoder": (True,),
-    "causal_decoder": (False,),
     "double_z": (True,),
     "num_video_frames": (None,),
     "reshape_x_dim_to_4": (False,),
@@ -233,6 +280,11 @@ _FAMILIES = {
         ignored={"reshape_z_dim_to_4": False},
     ),
 }
+
+
+def _defaults(family: _Family, norm: Any) -> dict[str, Any]:
+    """The fields of a family that nothing was said about."""
+    return {**family.defaults, **(_FRAME_VARIANT if norm == "frame" else {})}
 
 
 def _check_fixed(class_name: str, key: str, value: Any, allowed: tuple[Any, ...]) -> None:

@@ -1,11 +1,14 @@
-"""The layers that both published families are made of; every difference between families is an argument.
+"""The layers that the families are made of; every difference between families is an argument.
 
 Activations are (B, C, T, H, W) whose memory is (B, T, H, W, C): folding T into B for a 2D convolution or moving C to
 the end for a linear layer is a view, and oneDNN and cuDNN run their fastest kernels. All views go by `movedim`, because
 torch recognises the layout by its strides, and `transpose(1, 2).flatten(0, 1)` gives a single frame strides that it
 does not recognise; from there on everything ran in the other layout, and encoding took half as long again.
 
-Only `model` builds these layers.
+Layers that look back in time take a `Cache`, and then a clip may be given in pieces of any length: what a piece gives
+equals what the whole clip gives. Without one (None) the piece is the whole clip.
+
+Only the modules that define halves build these layers (`model`, and other families beside it).
 
 Tensor letters: B batch, C channels, T H W frames, height and width at whatever resolution the layer works.
 """
@@ -18,6 +21,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from cvvae.config import CVVAEConfig, PaddingMode
 
@@ -38,6 +42,11 @@ class Padding:
     space_mode: PaddingMode
     right_bottom_only: bool = False
 
+    @property
+    def is_causal(self) -> bool:
+        """An output frame reads its own input frame and earlier ones; before the first there is its repetition."""
+        return self.time_before == KERNEL - 1 and self.time_after == 0 and self.time_mode == "replicate"
+
 
 @dataclass(frozen=True, slots=True)
 class TapPlan:
@@ -56,6 +65,45 @@ def plan_taps(index: int, num_frames: int, stride: int, padding: Padding) -> Tap
         if frame == position or padding.time_mode == "replicate":
             readers.setdefault(frame, []).append(tap)
     return TapPlan(min(readers), tuple(tuple(readers[frame]) for frame in sorted(readers)))
+
+
+@dataclass(frozen=True, slots=True)
+class Past:
+    """What a layer remembers of the frames that it has read: the last two, and how many there were."""
+
+    frames: Tensor
+    num_frames: int
+
+
+class Cache:
+    """The state of one half in one stream: empty at its start, passed to every call, in order of time.
+
+    Holds the last two input frames (B, C, 2, H, W) of every convolution over time, so its size does not depend on how
+    long the stream is or how it is cut. The frames are copies without gradients: neither the activations of a piece nor
+    its graph outlive the piece. Every stream and every spatial tile needs a cache of its own.
+    """
+
+    def __init__(self) -> None:
+        self._pasts: dict[nn.Module, Past] = {}
+
+    def past(self, layer: nn.Module) -> Past | None:
+        """What the layer has read before; None at the start of the stream."""
+        return self._pasts.get(layer)
+
+    def add(self, layer: nn.Module, x: Tensor) -> None:
+        """Remembers that the layer has read the frames x (B, C, T, H, W), T >= 1."""
+        past = self.past(layer)
+        if x.shape[2] >= KERNEL - 1:
+            frames = x[:, :, 1 - KERNEL :]
+        else:
+            frames = torch.cat([x if past is None else past.frames[:, :, 1:], x], dim=2)
+        copy = frames.detach().movedim(1, -1).clone(memory_format=torch.contiguous_format).movedim(-1, 1)
+        self._pasts[layer] = Past(copy, x.shape[2] + (0 if past is None else past.num_frames))
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all frames held."""
+        return sum(past.frames.numel() * past.frames.element_size() for past in self._pasts.values())
 
 
 def to_channels_last(x: Tensor) -> Tensor:
@@ -104,7 +152,8 @@ class SpaceTimeConv(nn.Conv3d):
     The frames between the edges are computed a few at a time, so that copies padded in space and results not yet
     joined stay small beside input and output.
 
-    (B, in, T, H, W) -> (B, out, T', H', W') with T' = (T + before + after - 3) // time stride + 1.
+    (B, in, T, H, W) -> (B, out, T', H', W') with T' = (T + before + after - 3) // time stride + 1. In a stream, output
+    frame i is made in the call that brings input frame i * time stride; that may be none of a call's, so T' may be 0.
     """
 
     def __init__(
@@ -114,24 +163,56 @@ class SpaceTimeConv(nn.Conv3d):
         self.edges = padding
         self.time_stride, self.space_stride = stride
 
-    def forward(self, x: Tensor, outputs: slice = slice(None)) -> Tensor:
+    def forward(self, x: Tensor, cache: Cache | None = None, outputs: slice = slice(None)) -> Tensor:
         """`outputs` selects output channels, so that a caller need not compute what it would throw away."""
         weight, bias = self.weight[outputs], None if self.bias is None else self.bias[outputs]
+        past = None
+        if cache is not None:
+            assert self.edges.is_causal, "a convolution that reads later frames cannot run in a stream"
+            past = cache.past(self)
+            cache.add(self, x)
+        if past is None:
+            num_out = (x.shape[2] + self.edges.time_before + self.edges.time_after - KERNEL) // self.time_stride + 1
+        else:
+            num_out = -(-(x.shape[2] - self._num_skipped(past)) // self.time_stride)
+        if num_out == 0:
+            return self._no_frames(x, weight.shape[0])
         if self.in_channels <= NARROW_CHANNELS:
-            return self._conv_stacked(x, weight, bias)
-        num_out = (x.shape[2] + self.edges.time_before + self.edges.time_after - KERNEL) // self.time_stride + 1
-        return join_frames(self._pieces(x, weight, bias, num_out), num_out)
+            return self._conv_stacked(x, past, weight, bias)
+        return join_frames(self._pieces(x, past, weight, bias, num_out), num_out)
 
-    def _pieces(self, x: Tensor, weight: Tensor, bias: Tensor | None, num_out: int) -> Iterator[Tensor]:
+    def _num_skipped(self, past: Past) -> int:
+        """Frames of this call before the one that the next output frame ends with."""
+        return -past.num_frames % self.time_stride
+
+    def _no_frames(self, x: Tensor, num_channels: int) -> Tensor:
+        B, _, _, H, W = x.shape
+        rest = KERNEL - (1 if self.edges.right_bottom_only else 2)
+        sides = ((side - rest) // self.space_stride + 1 for side in (H, W))
+        return x.new_empty(B, num_channels, 0, *sides)
+
+    def _pieces(
+        self, x: Tensor, past: Past | None, weight: Tensor, bias: Tensor | None, num_out: int
+    ) -> Iterator[Tensor]:
         """The output in order of time: edge frames one by one, the frames between in runs."""
-        before, stride = self.edges.time_before, self.time_stride
-        begin = min(-(-before // stride), num_out)
-        end = max((x.shape[2] - KERNEL + before) // stride + 1, begin)
+        stride = self.time_stride
+        if past is None:
+            offset = -self.edges.time_before
+            begin = min(-(offset // stride), num_out)
+            end = max((x.shape[2] - KERNEL - offset) // stride + 1, begin)
+        else:
+            offset = self._num_skipped(past) - self.edges.time_before
+            begin, end = 0, num_out
         for index in range(begin):
             yield self._edge_frame(x, index, weight, bias)
         for first in range(begin, end, RUN_FRAMES):
             last = min(first + RUN_FRAMES, end) - 1
-            window = x[:, :, first * stride - before : last * stride - before + KERNEL]
+            start, stop = first * stride + offset, last * stride + offset + KERNEL
+            if start < 0:
+                assert past is not None, "only frames of earlier calls lie before the first one"
+                window = torch.cat([past.frames[:, :, start:], x[:, :, :stop]], dim=2)
+            else:
+                window = x[:, :, start:stop]
             yield self._conv(window, weight, bias)
         for index in range(end, num_out):
             yield self._edge_frame(x, index, weight, bias)
@@ -164,10 +245,13 @@ class SpaceTimeConv(nn.Conv3d):
         stride = (self.time_stride, self.space_stride, self.space_stride)
         return to_channels_last(F.conv3d(x, weight, bias, stride, (0, padding, padding)))
 
-    def _conv_stacked(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def _conv_stacked(self, x: Tensor, past: Past | None, weight: Tensor, bias: Tensor | None) -> Tensor:
         """One 2D convolution of 3 in channels; for few channels much faster, as torch then has no good 3D kernel."""
-        mode = "replicate" if self.edges.time_mode == "replicate" else "constant"
-        x = F.pad(self._pad_space(x), (0, 0, 0, 0, self.edges.time_before, self.edges.time_after), mode=mode)
+        if past is None:
+            mode = "replicate" if self.edges.time_mode == "replicate" else "constant"
+            x = F.pad(self._pad_space(x), (0, 0, 0, 0, self.edges.time_before, self.edges.time_after), mode=mode)
+        else:
+            x = self._pad_space(torch.cat([past.frames[:, :, self._num_skipped(past) :], x], dim=2))
         windows = x.unfold(2, KERNEL, self.time_stride)  # (B, in, T', H, W, 3)
         num_out = windows.shape[2]
         frames = windows.permute(0, 2, 3, 4, 1, 5).flatten(4).flatten(0, 1).movedim(-1, 1)
@@ -202,12 +286,48 @@ class PointwiseLinear(nn.Module):
         return F.linear(x, self.weight.flatten(1), self.bias)
 
 
+class FrameNorm(nn.GroupNorm):
+    """GroupNorm of every frame by itself: statistics over the channels of a group, height and width."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return unfold_frames(super().forward(fold_frames(x)), x.shape[2])
+
+
+def group_norm(channels: int, config: CVVAEConfig) -> nn.GroupNorm:
+    """The GroupNorm of (B, C, T, H, W) that the configuration asks for."""
+    kind = FrameNorm if config.norm == "frame" else nn.GroupNorm
+    return kind(config.norm_num_groups, channels, config.norm_eps)
+
+
+class Recomputable(nn.Module):
+    """A block that in training may keep its input only and compute the rest again in the backward pass.
+
+    Subclasses define `run`; `CVVAE.enable_gradient_checkpointing` sets the attribute in all of them.
+
+    Attributes:
+        gradient_checkpointing: whether it does.
+    """
+
+    gradient_checkpointing = False
+
+    def run(self, x: Tensor, cache: Cache | None = None) -> Tensor:
+        """What the block computes."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:
+        # Not in a stream: there a second computation would find the cache as the first one left it.
+        if self.gradient_checkpointing and self.training and cache is None and torch.is_grad_enabled():
+            out: Tensor = checkpoint(self.run, x, use_reentrant=False)
+            return out
+        return self.run(x, cache)
+
+
 def norm_silu(norm: nn.GroupNorm, x: Tensor) -> Tensor:
     """GroupNorm, then SiLU; in place on the norm's own result where no gradient needs it."""
     return F.silu(norm(x), inplace=not torch.is_grad_enabled())
 
 
-class ResidualBlock(nn.Module):
+class ResidualBlock(Recomputable):
     """x + conv2(silu(norm2(conv1(silu(norm1(x)))))), the shortcut a 1x1 map where widths differ.
 
     (B, in, T, H, W) -> (B, out, T, H, W).
@@ -215,11 +335,10 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, config: CVVAEConfig, padding: Padding) -> None:
         super().__init__()
-        groups, eps = config.norm_num_groups, config.norm_eps
-        self.norm1 = nn.GroupNorm(groups, in_channels, eps)
+        self.norm1 = group_norm(in_channels, config)
         self.conv1 = SpaceTimeConv(in_channels, out_channels, padding=padding)
-        self.norm2 = nn.GroupNorm(groups, out_channels, eps)
-        self.conv2: nn.Module
+        self.norm2 = group_norm(out_channels, config)
+        self.conv2: SpaceTimeConv | FrameConv
         if config.half_3d:
             self.conv2 = FrameConv(out_channels, out_channels)
         else:
@@ -229,11 +348,11 @@ class ResidualBlock(nn.Module):
             num_trailing_dims = 3 if config.class_name == "CVVAEModel" else 2
             self.shortcut = PointwiseLinear(in_channels, out_channels, num_trailing_dims)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def run(self, x: Tensor, cache: Cache | None = None) -> Tensor:
         # One name and one line for each step, so that an activation is freed as soon as the next one exists.
-        h: Tensor = self.conv1(norm_silu(self.norm1, x))
+        h: Tensor = self.conv1(norm_silu(self.norm1, x), cache)
         h = norm_silu(self.norm2, h)
-        h = self.conv2(h)
+        h = self.conv2(h) if isinstance(self.conv2, FrameConv) else self.conv2(h, cache)
         if self.shortcut is not None:
             x = self.shortcut(x.movedim(1, -1)).movedim(-1, 1)
         # In place: no backward formula of a convolution reads its output.
@@ -289,7 +408,8 @@ class Upsample(nn.Module):
     """Doubles height and width by repetition, convolves, and in time turns T frames into 2 T - 1.
 
     In time the convolution makes 2 C channels: the first C are the earlier, the last C the later frame of each
-    pair, and the earlier frame of the first pair is dropped. (B, C, T, H, W) -> (B, C, 2 T - 1 or T, 2 H, 2 W).
+    pair, and the earlier frame of the first pair is dropped, in a stream that of its very first pair only.
+    (B, C, T, H, W) -> (B, C, 2 T - 1 (later in a stream 2 T) or T, 2 H, 2 W).
     """
 
     def __init__(self, channels: int, *, doubles_time: bool, padding: Padding) -> None:
@@ -297,12 +417,14 @@ class Upsample(nn.Module):
         self.doubles_time = doubles_time
         self.conv = SpaceTimeConv(channels, channels * (1 + doubles_time), padding=padding)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:
         num_frames = x.shape[2]
+        is_start = cache is None or cache.past(self.conv) is None
         x = unfold_frames(F.interpolate(fold_frames(x), scale_factor=2.0, mode="nearest"), num_frames)
-        if self.doubles_time and num_frames > 1:
-            phases: Tensor = self.conv(x).movedim(1, -1).unflatten(-1, (2, -1))  # (B, T, H, W, 2, C)
-            return phases.movedim(4, 2).flatten(1, 2)[:, 1:].movedim(-1, 1)
+        if self.doubles_time and not (is_start and num_frames == 1):
+            phases: Tensor = self.conv(x, cache).movedim(1, -1).unflatten(-1, (2, -1))  # (B, T, H, W, 2, C)
+            return phases.movedim(4, 2).flatten(1, 2)[:, 1 if is_start else 0 :].movedim(-1, 1)
         # Of an image's one pair only the later frame is kept, so only that is computed.
-        out: Tensor = self.conv(x, outputs=slice(self.conv.out_channels // 2 if self.doubles_time else 0, None))
+        kept = slice(self.conv.out_channels // 2 if self.doubles_time else 0, None)
+        out: Tensor = self.conv(x, cache, outputs=kept)
         return out

@@ -3,12 +3,16 @@
 `checkpoint.load` builds a `CVVAE`; `pipeline/codec` and training use it. It applies no scale: latents leave and
 enter as the encoder makes them, and `scaling_factor` and `shift_factor` only say what a diffusion model expects.
 
+A half is called as half(x, cache=None): with a `Cache` x is the next piece of a stream, without one the whole clip.
+
 Tensor letters: B batch, C channels, T H W frames in pixels, t h w latents: t = 1 + (T - 1) / 4.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, overload
@@ -17,7 +21,19 @@ import torch
 from torch import Tensor, nn
 
 from cvvae.config import NUM_LEVELS, SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION, CVVAEConfig
-from cvvae.layers import Attention, Padding, ResidualBlock, SpaceTimeConv, Upsample, norm_silu, to_channels_last
+from cvvae.layers import (
+    Attention,
+    Cache,
+    Padding,
+    PointwiseLinear,
+    Recomputable,
+    ResidualBlock,
+    SpaceTimeConv,
+    Upsample,
+    group_norm,
+    norm_silu,
+    to_channels_last,
+)
 from cvvae.tiling import Span, plan_chunks, plan_tiles, run_tiles
 
 LOGVAR_RANGE = (-30.0, 20.0)
@@ -92,16 +108,17 @@ class Middle(nn.Module):
         self.attention = Attention(channels, config, has_time=has_time)
         self.block2 = ResidualBlock(channels, channels, config, padding)
 
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.block2(self.attention(self.block1(x)))
+    def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:
+        out: Tensor = self.block2(self.attention(self.block1(x, cache)), cache)
         return out
 
 
 class Encoder(nn.Module):
     """(B, 3, T, H, W) in [-1, 1] -> moments (B, 2 C, t, h, w): means, then log-variances.
 
-    Frame j of the result has read frames up to 4 j only through convolutions, but GroupNorm pools over the whole
-    input, so results depend on all frames given.
+    Frame j of the result has read frames up to 4 j only through convolutions. With norm="clip" GroupNorm pools over the
+    whole input all the same, so results depend on all frames given; with norm="frame" they do not, and in a stream the
+    latents come in the call that brings frame 4 j, so that t of a call may be 0.
     """
 
     def __init__(self, config: CVVAEConfig) -> None:
@@ -131,28 +148,41 @@ class Encoder(nn.Module):
             previous = width
         has_time = config.encoder_attention == "spatial_temporal"
         self.middle = Middle(previous, config, padding, has_time=has_time)
-        self.norm_out = nn.GroupNorm(config.norm_num_groups, previous, config.norm_eps)
+        self.norm_out = group_norm(previous, config)
         self.conv_out = SpaceTimeConv(previous, 2 * config.latent_channels, padding=padding)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.conv_in(x)
+    def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:
+        B, _, _, H, W = x.shape
+        x = self.conv_in(x, cache)
         for layer in layers_in_order(self.levels):
-            x = layer(x)
-        x = self.middle(x)
-        out: Tensor = self.conv_out(norm_silu(self.norm_out, x))
+            x = layer(x, cache)
+            if x.shape[2] == 0:  # a piece of a stream that ends inside a group
+                return x.new_empty(B, self.conv_out.out_channels, 0, H // SPATIAL_COMPRESSION, W // SPATIAL_COMPRESSION)
+        x = self.middle(x, cache)
+        out: Tensor = self.conv_out(norm_silu(self.norm_out, x), cache)
         return out
 
 
 class Decoder(nn.Module):
-    """Latents (B, C, t, h, w) -> frames (B, 3, 1 + 4 (t - 1), 8 h, 8 w), about [-1, 1], not clamped."""
+    """Latents (B, C, t, h, w) -> frames (B, 3, 1 + 4 (t - 1), 8 h, 8 w), about [-1, 1], not clamped.
+
+    With norm="frame" in a stream every latent but the first gives 4 frames.
+    """
 
     def __init__(self, config: CVVAEConfig) -> None:
         super().__init__()
+        before, after = (2, 0) if config.is_causal else (1, 1)
         padding = Padding(
-            time_before=1, time_after=1, time_mode=config.decoder_time_padding, space_mode=config.spatial_padding
+            time_before=before,
+            time_after=after,
+            time_mode=config.decoder_time_padding,
+            space_mode=config.spatial_padding,
         )
-        up_padding = Padding(time_before=1, time_after=1, time_mode="replicate", space_mode=config.spatial_padding)
+        up_padding = dataclasses.replace(padding, time_mode="replicate")
         widths = config.block_out_channels[::-1]
+        C = config.latent_channels
+        # Its bias cannot be folded into conv_in: that pads with zeros what this layer has mapped.
+        self.post_quant_conv = PointwiseLinear(C, C, num_trailing_dims=2) if config.post_quant_conv else None
         self.conv_in = SpaceTimeConv(config.latent_channels, widths[0], padding=padding)
         has_time = config.decoder_attention == "spatial_temporal"
         self.middle = Middle(widths[0], config, padding, has_time=has_time)
@@ -168,26 +198,39 @@ class Decoder(nn.Module):
                 up = Upsample(width, doubles_time=index in _TIME_LEVELS, padding=up_padding)
             self.levels.append(Level(blocks, up))
             previous = width
-        self.norm_out = nn.GroupNorm(config.norm_num_groups, previous, config.norm_eps)
+        self.norm_out = group_norm(previous, config)
         self.conv_out = SpaceTimeConv(previous, config.in_channels, padding=padding)
 
-    def forward(self, z: Tensor) -> Tensor:
-        x = self.middle(self.conv_in(z))
+    def forward(self, z: Tensor, cache: Cache | None = None) -> Tensor:
+        if self.post_quant_conv is not None:
+            z = self.post_quant_conv(z.movedim(1, -1)).movedim(-1, 1)
+        x = self.middle(self.conv_in(z, cache), cache)
         for layer in layers_in_order(self.levels):
-            x = layer(x)
-        out: Tensor = self.conv_out(norm_silu(self.norm_out, x))
+            x = layer(x, cache)
+        out: Tensor = self.conv_out(norm_silu(self.norm_out, x), cache)
         return out
 
 
+TileCaches = defaultdict[tuple[Span, Span], Cache]
+"""Of a stream: one cache for each tile."""
 _TIME_LEVELS = (0, 2)
 """Changes of resolution that also change the frame rate, counted in the order in which a half runs them."""
+
+
+def _records_gradients(half: nn.Module, x: Tensor) -> bool:
+    return torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in half.parameters()))
+
+
+def _halves(config: CVVAEConfig) -> tuple[nn.Module, nn.Module]:
+    """Encoder and decoder of the family; each is called as half(x, cache=None)."""
+    return Encoder(config), Decoder(config)
 
 
 class CVVAE(nn.Module):
     """A video VAE whose latents live in the space of an image VAE.
 
     Source: CV-VAE, arXiv 2405.20279. Clips longer than a chunk and frames larger than a tile are cut as published;
-    `set_chunking` changes that.
+    `set_chunking` changes that. A causal model runs long clips as a stream: chunks bound its memory and change nothing.
 
     Attributes:
         config: the `CVVAEConfig`, also read as `vae.config` by diffusers pipelines.
@@ -202,8 +245,7 @@ class CVVAE(nn.Module):
     def __init__(self, config: CVVAEConfig) -> None:
         super().__init__()
         self.config = config
-        self.encoder = Encoder(config)
-        self.decoder = Decoder(config)
+        self.encoder, self.decoder = _halves(config)
         self._tile_latents: int | None = None
         self._chunk_latents: int | None = None
         self.set_chunking()
@@ -214,12 +256,12 @@ class CVVAE(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """Data type of the weights."""
-        return self.encoder.conv_in.weight.dtype
+        return next(self.parameters()).dtype
 
     @property
     def device(self) -> torch.device:
         """Device of the weights."""
-        return self.encoder.conv_in.weight.device
+        return next(self.parameters()).device
 
     @property
     def latent_channels(self) -> int:
@@ -241,6 +283,11 @@ class CVVAE(nn.Module):
         """False where the weights were made from a seed, so that latents carry no meaning."""
         return not self.config.untrained
 
+    @property
+    def is_causal(self) -> bool:
+        """No latent depends on a later frame and no frame on a later latent, so that streams are possible."""
+        return self.config.is_causal
+
     def latent_shape(self, num_frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         """(C, t, h, w) of the latents of a clip of that many frames and that size in pixels.
 
@@ -261,11 +308,16 @@ class CVVAE(nn.Module):
         return self.latent_channels, num_latents, sides[0], sides[1]
 
     def set_chunking(self, chunk_frames: int | None = None, tile_px: int | None = None) -> None:
-        """How to cut clips in time and frames in space; both change results slightly, as norms pool over a piece.
+        """How to cut clips in time and frames in space.
+
+        Both change the results of a published model slightly, as norms pool over a piece; a causal model streams its
+        chunks, with the same results, and only tiles change them. Where gradients are recorded a causal model runs a
+        clip in one piece all the same, as a stream carries no gradients from one piece to the next.
 
         Args:
             chunk_frames: frames from the beginning of one chunk to that of the next, a multiple of 4; a chunk has one
-                frame more. 0: never cut in time. None: as the model's configuration says (published: 16).
+                frame more, which in a published model it shares with the next. 0: never cut in time. None: as the
+                model's configuration says (published: 16).
             tile_px: side of a tile, a multiple of 8; larger frames are tiled. 0: never. None: as the model's
                 configuration says (published: 576, with 128 overlap).
 
@@ -300,7 +352,7 @@ class CVVAE(nn.Module):
         clips = self._as_clips(x, self.config.in_channels, "frames")
         _, num_latents, _, _ = self.latent_shape(*clips.shape[2:])
         pieces = []
-        for chunk in plan_chunks(num_latents, self._chunk_latents):
+        for chunk in plan_chunks(num_latents, None if self.is_causal else self._chunk_latents):
             frames = clips[:, :, _first_frame(chunk.start) : _end_frame(chunk.stop)]
             moments = self._encode_tiles(frames)
             pieces.append(moments[:, :, 1:] if chunk.start else moments)
@@ -336,12 +388,71 @@ class CVVAE(nn.Module):
         """
         latents = self._as_clips(z, self.latent_channels, "latents")
         pieces = []
-        for chunk in plan_chunks(latents.shape[2], self._chunk_latents):
+        for chunk in plan_chunks(latents.shape[2], None if self.is_causal else self._chunk_latents):
             frames = self._decode_tiles(latents[:, :, chunk.start : chunk.stop])
             pieces.append(frames[:, :, 1:] if chunk.start else frames)
         frames = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
         sample = frames if z.dim() == 5 else frames.squeeze(2)
         return DecoderOutput(sample) if return_dict else (sample,)
+
+    def encode_stream(self, frames: Iterable[Tensor]) -> Iterator[LatentDistribution]:
+        """The latents of a video that is never in memory as a whole; equal to those that `encode` gives for all of it.
+
+        Args:
+            frames: the pieces of one clip (B, 3, t, H, W) in order, any t >= 1 each; floating, in [-1, 1].
+
+        Yields:
+            the distribution of the latents that a piece completed, (B, C, k, h, w); nothing where it completed none.
+
+        Raises:
+            ValueError: the model is not causal (at the call), a piece does not fit the first one, frames are too small
+                or integer, or the pieces end inside a group: together they must have 1 + 4 k frames.
+        """
+        self._check_streams("encode_stream")
+        return self._encode_pieces(frames)
+
+    def _encode_pieces(self, pieces: Iterable[Tensor]) -> Iterator[LatentDistribution]:
+        caches: TileCaches = defaultdict(Cache)
+        num_frames = 0
+        for piece in self._checked(pieces, self.config.in_channels, "frames"):
+            if not num_frames:
+                self.latent_shape(1, *piece.shape[3:])
+            num_frames += piece.shape[2]
+            moments = self._encode_tiles(piece, caches)
+            if moments.shape[2]:
+                yield LatentDistribution(moments)
+        if num_frames:
+            _check_frame_count(num_frames)
+
+    def decode_stream(self, latents: Iterable[Tensor]) -> Iterator[Tensor]:
+        """The frames of latents that are never in memory as a whole; equal to those that `decode` gives for all.
+
+        Args:
+            latents: the pieces (B, C, t, h, w) of one clip's latents in order, any t >= 1 each; unscaled.
+
+        Yields:
+            for every piece its frames: (B, 3, 1 + 4 (t - 1), 8 h, 8 w) for the first, (B, 3, 4 t, 8 h, 8 w) for each
+            later one; about [-1, 1], not clamped.
+
+        Raises:
+            ValueError: the model is not causal (at the call), or a piece does not fit the first one.
+        """
+        self._check_streams("decode_stream")
+        return self._decode_pieces(latents)
+
+    def _decode_pieces(self, pieces: Iterable[Tensor]) -> Iterator[Tensor]:
+        caches: TileCaches = defaultdict(Cache)
+        for piece in self._checked(pieces, self.latent_channels, "latents"):
+            yield self._decode_tiles(piece, caches)
+
+    def enable_gradient_checkpointing(self, enabled: bool = True) -> None:
+        """In training the residual blocks keep their input only and are computed once more in the backward pass.
+
+        Less memory for about a third more computation; values and gradients are the same.
+        """
+        for module in self.modules():
+            if isinstance(module, Recomputable):
+                module.gradient_checkpointing = enabled
 
     def forward(self, x: Tensor) -> Tensor:
         """Encodes, then decodes the mean: what comes back has the shape of x where H and W are multiples of 8."""
@@ -361,19 +472,25 @@ class CVVAE(nn.Module):
         rounds_up = self.config.downsample_padding == "both"
         return -(-size_px // SPATIAL_COMPRESSION) if rounds_up else size_px // SPATIAL_COMPRESSION
 
-    def _encode_tiles(self, frames: Tensor) -> Tensor:
+    def _encode_tiles(self, frames: Tensor, caches: TileCaches | None = None) -> Tensor:
         # Rounded up also where the encoder rounds down: published tiles are planned in pixels, so that a rest of a few
         # pixels beyond a tile begins another one.
         h, w = (-(-side // SPATIAL_COMPRESSION) for side in frames.shape[3:])
+        chunk_frames = None if self._chunk_latents is None else _end_frame(self._chunk_latents + 1)
 
         def encode_tile(row: Span, column: Span) -> Tensor:
-            return self._run(self.encoder, frames[..., _pixels(row), _pixels(column)])
+            cache = None if caches is None else caches[row, column]
+            return self._run(self.encoder, frames[..., _pixels(row), _pixels(column)], cache, chunk_frames)
 
         return self._tiled(encode_tile, h, w, 1)
 
-    def _decode_tiles(self, latents: Tensor) -> Tensor:
+    def _decode_tiles(self, latents: Tensor, caches: TileCaches | None = None) -> Tensor:
+        chunk_latents = None if self._chunk_latents is None else self._chunk_latents + 1
+
         def decode_tile(row: Span, column: Span) -> Tensor:
-            return self._run(self.decoder, latents[..., row.start : row.stop, column.start : column.stop])
+            cache = None if caches is None else caches[row, column]
+            tile = latents[..., row.start : row.stop, column.start : column.stop]
+            return self._run(self.decoder, tile, cache, chunk_latents)
 
         return self._tiled(decode_tile, latents.shape[3], latents.shape[4], SPATIAL_COMPRESSION)
 
@@ -386,9 +503,40 @@ class CVVAE(nn.Module):
         rows, columns = (plan_tiles(side, tile, overlap) for side in (height, width))
         return run_tiles(run, rows, columns, overlap * scale, (tile - overlap) * scale)
 
-    def _run(self, half: nn.Module, x: Tensor) -> Tensor:
-        out: Tensor = half(to_channels_last(x))
-        return out
+    def _run(self, half: nn.Module, x: Tensor, cache: Cache | None, chunk: int | None) -> Tensor:
+        """The half on one tile, at most `chunk` time steps at once where the model is causal."""
+        if not self.is_causal or chunk is None or x.shape[2] <= chunk or _records_gradients(half, x):
+            pieces = (x,)
+        else:
+            pieces = x.split(chunk, dim=2)
+            cache = Cache() if cache is None else cache
+        results: list[Tensor] = [half(to_channels_last(piece), cache) for piece in pieces]
+        return results[0] if len(results) == 1 else torch.cat(results, dim=2)
+
+    def _check_streams(self, method: str) -> None:
+        if not self.is_causal:
+            raise ValueError(
+                f"{method} needs a causal model (norm='frame'); in this one (norm={self.config.norm!r}) every result "
+                f"depends on all frames given, so a stream could not equal the whole: use encode and decode"
+            )
+
+    def _checked(self, pieces: Iterable[Tensor], channels: int, name: str) -> Iterator[Tensor]:
+        """The pieces of a stream in the data type of the model."""
+        wanted: tuple[int, ...] | None = None
+        for number, piece in enumerate(pieces):
+            if piece.dim() != 5 or piece.shape[2] == 0:
+                raise ValueError(
+                    f"piece {number} of the stream has the shape {tuple(piece.shape)}: (B, {channels}, t, H, W) with "
+                    f"t >= 1 is needed"
+                )
+            shape = (piece.shape[0], *piece.shape[3:])
+            wanted = shape if wanted is None else wanted
+            if shape != wanted:
+                raise ValueError(
+                    f"piece {number} of the stream has B, H, W = {shape}, the first one has {wanted}: a stream is one "
+                    f"batch of clips of one size"
+                )
+            yield self._as_clips(piece, channels, name)
 
     def _as_clips(self, x: Tensor, channels: int, name: str) -> Tensor:
         if x.dim() not in (4, 5) or x.shape[1] != channels:

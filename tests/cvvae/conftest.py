@@ -70,7 +70,9 @@ def frames() -> Callable[..., torch.Tensor]:
 def plainly_padded() -> Callable[..., torch.Tensor]:
     """What a SpaceTimeConv is by definition: pad the whole clip in space, then in time, then one 3D convolution."""
 
-    def convolve(conv: SpaceTimeConv, x: torch.Tensor, outputs: slice = slice(None)) -> torch.Tensor:
+    def convolve(
+        conv: SpaceTimeConv, x: torch.Tensor, cache: None = None, outputs: slice = slice(None)
+    ) -> torch.Tensor:
         edges = conv.edges
         if edges.right_bottom_only:
             x = F.pad(x, (0, 1, 0, 1, 0, 0))
