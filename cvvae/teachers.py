@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from cvvae.config import SPATIAL_COMPRESSION
 
+_CONFIG_NAME = "config.json"
 _ENCODER_BLOCKS = (1, 3, 3, 3)
 _DECODER_BLOCKS = (3, 3, 3, 1)
 _POOL_GROUPS = 4
@@ -303,14 +304,9 @@ def load_teacher(path: str, subfolder: str | None = None) -> FrozenTeacher:
                 f"there is no {place}: a teacher is a diffusers folder, a hub id OWNER/NAME, or a folder or file of "
                 f"the TAESD family"
             )
-        return FrozenTeacher(_load_diffusers(path, subfolder, _hub_config(path, subfolder)))
-    config_path = place / "config.json"
-    if config_path.is_file():
-        try:
-            config = json.loads(config_path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise TeacherError(f"{config_path} is not JSON ({error}): fetch the file again") from error
-        return FrozenTeacher(_load_diffusers(str(place), None, config))
+        return FrozenTeacher(_load_diffusers(path, subfolder, _fetch_config(path, subfolder)))
+    if (place / _CONFIG_NAME).is_file():
+        return FrozenTeacher(_load_diffusers(str(place), None, place / _CONFIG_NAME))
     return FrozenTeacher(_load_pair(*_find_pair(place)))
 
 
@@ -357,23 +353,37 @@ def _check_compression(class_name: str, num_levels: int) -> None:
         )
 
 
-def _hub_config(hub_id: str, subfolder: str | None) -> Mapping[str, Any]:
-    from diffusers import AutoencoderKL
+def _read_config(path: Path) -> Mapping[str, Any]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise TeacherError(f"{path} is not JSON ({error}): fetch the file again") from error
+    return cast("Mapping[str, Any]", config)
+
+
+def _fetch_config(hub_id: str, subfolder: str | None) -> Path:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return cast("Mapping[str, Any]", AutoencoderKL.load_config(hub_id, subfolder=subfolder))
-    except (OSError, ValueError) as error:
+        return Path(hf_hub_download(hub_id, _CONFIG_NAME, subfolder=subfolder))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise TeacherError(
-            f"the teacher {hub_id!r} is no folder here and its config.json could not be fetched from the hub "
+            f"the teacher {hub_id!r} is no folder here and its {_CONFIG_NAME} could not be fetched from the hub "
             f"({type(error).__name__}: {error}); check the name, the subfolder (often 'vae') and the network"
         ) from error
 
 
-def _load_diffusers(source: str, subfolder: str | None, config: Mapping[str, Any]) -> Teacher:
-    import diffusers
-
+def _load_diffusers(source: str, subfolder: str | None, config_path: Path) -> Teacher:
+    try:
+        import diffusers
+    except ImportError as error:
+        raise TeacherError(
+            f"{source} is a diffusers folder, and diffusers could not be imported ({error}): pip install "
+            f"'latentmill[train]'"
+        ) from error
     adapters: dict[str, Callable[[Any], Teacher]] = {"AutoencoderKL": KLTeacher, "AutoencoderTiny": TinyTeacher}
-    class_name = str(config.get("_class_name"))
+    class_name = str(_read_config(config_path).get("_class_name"))
     if class_name not in adapters:
         raise TeacherError(
             f"config.json of {source} says _class_name {class_name!r}: a teacher is an image VAE of the classes "
