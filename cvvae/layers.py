@@ -92,13 +92,14 @@ class Cache:
 
     def add(self, layer: nn.Module, x: Tensor) -> None:
         """Remembers that the layer has read the frames x (B, C, T, H, W), T >= 1."""
-        past = self.past(layer)
-        if x.shape[2] >= KERNEL - 1:
-            frames = x[:, :, 1 - KERNEL :]
+        past, x = self.past(layer), x.detach()
+        if x.shape[2] < KERNEL - 1:
+            x_before = x if past is None else past.frames[:, :, 1:]
+            frames = append_frames(x_before, x)
         else:
-            frames = torch.cat([x if past is None else past.frames[:, :, 1:], x], dim=2)
-        copy = frames.detach().movedim(1, -1).clone(memory_format=torch.contiguous_format).movedim(-1, 1)
-        self._pasts[layer] = Past(copy, x.shape[2] + (0 if past is None else past.num_frames))
+            last = x[:, :, 1 - KERNEL :].movedim(1, -1)
+            frames = last.clone(memory_format=torch.contiguous_format).movedim(-1, 1)
+        self._pasts[layer] = Past(frames, x.shape[2] + (0 if past is None else past.num_frames))
 
     @property
     def num_bytes(self) -> int:
@@ -139,6 +140,11 @@ def join_frames(pieces: Iterable[Tensor], num_frames: int) -> Tensor:
         begin = end
     assert joined is not None, "a convolution of a clip makes at least one frame"
     return joined
+
+
+def append_frames(x: Tensor, later: Tensor) -> Tensor:
+    """Both, one after the other in time, in the memory layout of this module."""
+    return torch.cat([x.movedim(1, -1), later.movedim(1, -1)], dim=1).movedim(-1, 1)
 
 
 class SpaceTimeConv(nn.Conv3d):
@@ -210,7 +216,7 @@ class SpaceTimeConv(nn.Conv3d):
             start, stop = first * stride + offset, last * stride + offset + KERNEL
             if start < 0:
                 assert past is not None, "only frames of earlier calls lie before the first one"
-                window = torch.cat([past.frames[:, :, start:], x[:, :, :stop]], dim=2)
+                window = append_frames(past.frames[:, :, start:], x[:, :, :stop])
             else:
                 window = x[:, :, start:stop]
             yield self._conv(window, weight, bias)
@@ -251,7 +257,7 @@ class SpaceTimeConv(nn.Conv3d):
             mode = "replicate" if self.edges.time_mode == "replicate" else "constant"
             x = F.pad(self._pad_space(x), (0, 0, 0, 0, self.edges.time_before, self.edges.time_after), mode=mode)
         else:
-            x = self._pad_space(torch.cat([past.frames[:, :, self._num_skipped(past) :], x], dim=2))
+            x = self._pad_space(append_frames(past.frames[:, :, self._num_skipped(past) :], x))
         windows = x.unfold(2, KERNEL, self.time_stride)  # (B, in, T', H, W, 3)
         num_out = windows.shape[2]
         frames = windows.permute(0, 2, 3, 4, 1, 5).flatten(4).flatten(0, 1).movedim(-1, 1)
