@@ -35,7 +35,11 @@ _T = TypeVar("_T")
 
 
 class TrainingError(ValueError):
-    """A training that cannot be carried out: a stage that makes no sense, a state that does not fit, or divergence."""
+    """A training that cannot be carried out: a stage that makes no sense, or a state that does not fit."""
+
+
+class DivergedError(RuntimeError):
+    """Training has diverged: gradients are not finite any more. Its state is useless, an earlier one is not."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -233,7 +237,8 @@ class Trainer:
             clips: (B, 3, T, H, W), T = 1 + 4 k, H and W multiples of 8; uint8 0..255, or floating in [-1, 1].
 
         Raises:
-            TrainingError: training is at its end, or gradients were not finite 20 times in a row.
+            TrainingError: training is at its end.
+            DivergedError: gradients were not finite 20 times in a row.
         """
         _check(not self.is_done, f"all {self.num_steps} steps are done")
         stage_index, step_in_stage = self._stage_at(self.step)
@@ -441,7 +446,7 @@ class Trainer:
         self.num_skipped += is_skipped
         self._num_skipped_in_a_row = self._num_skipped_in_a_row + 1 if is_skipped else 0
         if self._num_skipped_in_a_row >= _MOST_SKIPPED_IN_A_ROW:
-            raise TrainingError(
+            raise DivergedError(
                 f"the gradient was not finite in {self._num_skipped_in_a_row} steps in a row, up to step {self.step}: "
                 "training has diverged; go back to an earlier checkpoint with a lower learning rate, a longer warm-up "
                 "or precision float32"

@@ -1,0 +1,245 @@
+"""Trains a video VAE towards the latents of a frozen image VAE: the job that users start.
+
+    python jobs/train_vae.py --config configs/train_paper.yaml --input videos/ --teacher sd21/vae --init sd21/vae \\
+        --output run1 --num-workers 8
+    python jobs/train_vae.py ... --local                                    one worker in this process, without Ray
+
+Wiring only: flags and YAML become a TrainingJob, `training_loop` trains in this process or in the workers of Ray Train,
+and what came of it becomes the last line on standard output, one JSON object, and the exit code:
+
+    0 trained as far as asked      2 wrong use      4 failed, checkpoints stay      130 interrupted, with a checkpoint
+
+Messages go to standard error. The same command again goes on from the last checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+import traceback
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+_ROOT = str(Path(__file__).resolve().parent.parent)
+if _ROOT not in sys.path:
+    # Started by its path, the interpreter knows jobs/ only; Ray's workers inherit the environment, not sys.path.
+    sys.path.insert(0, _ROOT)
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [_ROOT, os.environ.get("PYTHONPATH")]))
+
+import torch
+
+from cvvae.training import DivergedError
+from jobs.training_loop import ModelConfig, OptimisationConfig, TrainingJob, TrainingSummary, WorkConfig, Worker, train
+from pipeline.config import DecodeLimits, read_parts
+from pipeline.errors import LatentmillError, StorageError, StorageUnavailableError, UsageError
+from pipeline.training_clips import ClipsConfig
+
+EXIT_DONE, EXIT_USAGE, EXIT_FAILED, EXIT_INTERRUPTED = 0, 2, 4, 130
+_PARTS = {
+    "model": ModelConfig,
+    "clips": ClipsConfig,
+    "decode": DecodeLimits,
+    "optimisation": OptimisationConfig,
+    "work": WorkConfig,
+}
+_POLL_S = 0.2
+
+
+def read_job(argv: Sequence[str]) -> TrainingJob:
+    """The checked configuration of a command line.
+
+    Raises:
+        UsageError: as `read_parts`, or two values that do not go together.
+        ValueError: a stage or the trainer cannot be as the YAML says.
+    """
+    description = (__doc__ or "").partition("\n")[0]
+    job = TrainingJob(**read_parts(argv, _PARTS, "train_vae.py", description))
+    job.stages()
+    job.trainer_config()
+    if job.work.local and job.work.num_workers > 1:
+        raise UsageError(f"--local is one worker in this process, not {job.work.num_workers}; leave one of them out")
+    if job.work.gpus_per_worker not in (None, 0, 1):
+        raise UsageError(f"--gpus-per-worker: {job.work.gpus_per_worker:g} is neither 0 nor 1")
+    # Workers of Ray Train have working directories of their own.
+    output = os.path.abspath(os.path.expanduser(job.work.output))
+    return replace(job, work=replace(job.work, output=output))
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the job; returns the exit code."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    try:
+        job = read_job(argv)
+        with _interrupts() as interrupted:
+            summary = _train_here(job, interrupted) if job.work.local else _train_on_ray(job, interrupted)
+    except StorageUnavailableError as error:
+        return _fail(EXIT_FAILED, error)
+    except (UsageError, StorageError) as error:
+        return _fail(EXIT_USAGE, error)
+    except KeyboardInterrupt:
+        return _fail(EXIT_INTERRUPTED, LatentmillError("interrupted and stopped at once; the same command goes on"))
+    except LatentmillError as error:
+        return _fail(EXIT_FAILED, error)
+    except DivergedError as error:
+        return _fail(EXIT_FAILED, error)
+    except ValueError as error:
+        # Of cvvae: a configuration, checkpoint, teacher or objective that cannot be.
+        is_known = type(error) is not ValueError
+        if not is_known:
+            traceback.print_exc()
+        return _fail(EXIT_USAGE if is_known else EXIT_FAILED, error)
+    except Exception as error:
+        traceback.print_exc()
+        return _fail(EXIT_FAILED, error)
+    code = EXIT_INTERRUPTED if summary.ended_by == "interrupt" else EXIT_DONE
+    _result({"exit_code": code, **asdict(summary), "output": job.work.output})
+    return code
+
+
+@contextmanager
+def _interrupts() -> Iterator[Callable[[], bool]]:
+    """Makes the first Ctrl-C or SIGTERM a wish to stop with a checkpoint; the second one stops at once."""
+    flag = threading.Event()
+
+    def handle(_number: int, _frame: object) -> None:
+        if flag.is_set():
+            raise KeyboardInterrupt
+        flag.set()
+        _say("interrupted: writing a checkpoint; once more stops at once")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield flag.is_set
+        return
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield flag.is_set
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _train_here(job: TrainingJob, interrupted: Callable[[], bool]) -> TrainingSummary:
+    uses_gpu = torch.cuda.is_available() and job.work.gpus_per_worker != 0
+    if job.work.gpus_per_worker and not uses_gpu:
+        raise UsageError(
+            f"--gpus-per-worker is {job.work.gpus_per_worker:g}, but torch {torch.__version__} sees no GPU"
+        )
+    device = torch.device("cuda" if uses_gpu else "cpu")
+    return train(job, Worker(rank=0, world_size=1, device=device, wants_stop=interrupted, say=_say))
+
+
+def _train_on_ray(job: TrainingJob, interrupted: Callable[[], bool]) -> TrainingSummary:
+    import ray
+    from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+    from ray.train.torch import TorchTrainer
+
+    address = job.work.ray_address or os.environ.get("RAY_ADDRESS")
+    if address is None:
+        ray.init(address="local", include_dashboard=False, object_store_memory=80 << 20, logging_level=logging.ERROR)
+    else:
+        ray.init(address=address, logging_level=logging.ERROR)
+    output = Path(job.work.output)
+    output.mkdir(parents=True, exist_ok=True)
+    wish = output / f".stop-{uuid.uuid4().hex}"
+    try:
+        gpus = job.work.gpus_per_worker
+        uses_gpu = ray.cluster_resources().get("GPU", 0) > 0 if gpus is None else gpus > 0
+        trainer = TorchTrainer(
+            _train_in_worker,
+            train_loop_config={"job": job, "wish": str(wish)},
+            scaling_config=ScalingConfig(
+                num_workers=job.work.num_workers,
+                use_gpu=uses_gpu,
+                resources_per_worker={"CPU": job.work.cpus_per_worker, **({"GPU": 1} if uses_gpu else {})},
+            ),
+            run_config=RunConfig(
+                name=f"ray-{wish.name.removeprefix('.stop-')}",
+                storage_path=str(output / ".ray"),
+                failure_config=FailureConfig(max_failures=job.work.max_failures),
+            ),
+        )
+        result = _fit(trainer, interrupted, wish)
+    except TrainingFailedError as failed:
+        raise _cause_of(failed) from failed
+    finally:
+        ray.shutdown()
+        wish.unlink(missing_ok=True)
+    return TrainingSummary(**result.metrics["summary"])
+
+
+def _fit(trainer: Any, interrupted: Callable[[], bool], wish: Path) -> Any:
+    """Waits for the workers in a thread, because Ray would put a handler of its own in the place of ours."""
+    results: list[Any] = []
+
+    def run() -> None:
+        try:
+            results.append(trainer.fit())
+        except BaseException as error:
+            results.append(error)
+
+    thread = threading.Thread(target=run, name="ray-train", daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(_POLL_S)
+        if interrupted() and not wish.exists():
+            wish.touch()
+    if isinstance(results[0], BaseException):
+        raise results[0]
+    return results[0]
+
+
+def _train_in_worker(config: Mapping[str, Any]) -> None:
+    """The training function of a worker of Ray Train."""
+    import ray.train
+    import ray.train.torch
+
+    job, wish = config["job"], Path(config["wish"])
+    context = ray.train.get_context()
+    rank = context.get_world_rank()
+    worker = Worker(
+        rank=rank,
+        world_size=context.get_world_size(),
+        device=ray.train.torch.get_device(),
+        wants_stop=wish.exists,
+        say=_say if rank == 0 else lambda message: None,
+    )
+    summary = train(job, worker)
+    ray.train.report({"summary": asdict(summary)})
+
+
+def _cause_of(failed: Exception) -> Exception:
+    """The error of the first worker that failed, as it was raised there."""
+    errors: Mapping[int, Exception] = getattr(failed, "worker_failures", {})
+    for _, error in sorted(errors.items()):
+        cause: Any = error
+        while getattr(cause, "cause", None) is not None:
+            cause = cause.cause
+        if isinstance(cause, (LatentmillError, DivergedError, ValueError)):
+            return cause
+    return LatentmillError(f"the workers failed: {failed}")
+
+
+def _say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+def _fail(exit_code: int, error: Exception) -> int:
+    _say(f"error: {error}")
+    _result({"exit_code": exit_code, "error": type(error).__name__, "message": str(error)})
+    return exit_code
+
+
+def _result(fields: Mapping[str, object]) -> None:
+    print(json.dumps(fields), flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
