@@ -3,7 +3,7 @@
 PYTHON ?= python3
 PIP = .venv/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test bench chaos lint clean
+.PHONY: demo test bench ablation chaos lint clean
 
 demo: .venv/installed-run
 	.venv/bin/python jobs/demo.py --output demo-output
@@ -15,6 +15,11 @@ bench: .venv/installed-test
 	.venv/bin/python tests/benchmarks/bench_codec.py
 	.venv/bin/python tests/benchmarks/bench_decode.py
 	.venv/bin/python tests/benchmarks/bench_layout.py
+
+# make ablation TEACHER=FOLDER, a frozen image VAE such as TAEF2; FLAGS="--steps 800" for more.
+ablation: .venv/installed-test
+	@test -n "$(TEACHER)" || { echo "make ablation needs TEACHER=FOLDER, a frozen image VAE such as TAEF2" >&2; exit 2; }
+	.venv/bin/python tests/benchmarks/ablation.py --teacher "$(TEACHER)" --output ablation-output $(FLAGS)
 
 chaos: .venv/installed-test
 	.venv/bin/python -m pytest -m slow tests/integration
