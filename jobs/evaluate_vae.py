@@ -147,7 +147,7 @@ def evaluate(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[Pictur
         reasons = "; ".join(f"{failure.key}: {failure.reason}, {failure.message}" for failure in measured.failures[:3])
         raise UsageError(
             f"--input: no clip of {arguments.input} could be measured at --buckets "
-            f"{';'.join(map(str, encoding.buckets))} and {arguments.fps or 'native'} frames per second"
+            f"{';'.join(map(str, encoding.buckets))} and --fps {arguments.fps or 'native'}"
             + (f" ({len(measured.failures)} rejections: {reasons})" if reasons else "")
             + "; give longer videos, a smaller bucket, or a higher --fps"
         )
@@ -275,7 +275,7 @@ def _settings(arguments: argparse.Namespace, device: torch.device, encoding: Enc
     return {
         "input": arguments.input,
         "buckets": [str(bucket) for bucket in encoding.buckets],
-        "fps": "native" if arguments.fps is None else f"{arguments.fps:g}",
+        "fps": "native" if arguments.fps is None else arguments.fps,
         "clips_per_video": arguments.clips_per_video,
         "clip_stride": arguments.clip_stride,
         "upscale": arguments.upscale,

@@ -64,8 +64,8 @@ h1, h2, h3 { line-height: 1.2; overflow-wrap: anywhere; }
 li, p { overflow-wrap: anywhere; max-width: 60rem; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { border-bottom: 1px solid var(--rule); padding: .25rem .75rem .25rem 0; text-align: right; }
-th:first-child, td:nth-child(2) { text-align: left; }
+th, td { border-bottom: 1px solid var(--rule); padding: .25rem 1rem .25rem 0; text-align: left; }
+td.number { text-align: right; }
 th { font-weight: 600; vertical-align: bottom; }
 section { border-top: 2px solid var(--rule); margin-top: 2rem; }
 figure { margin: 0 0 1rem; }
@@ -181,7 +181,7 @@ def _clip_facts(clip: Mapping[str, Any]) -> str:
     if figures["num_frames"] == 1:
         return f"An image, {clip['bucket']}, from {clip['source_uri']}."
     return (
-        f"{'Moving' if figures['is_moving'] else 'Static'}, {clip['bucket']} at {clip['fps']:g} frames per second, "
+        f"{'Moving' if figures['is_moving'] else 'Static'}, {clip['bucket']} at {_rate(clip['fps'])}, "
         f"from second {clip['start_s']:.2f} of {clip['source_uri']}: {figures['motion']:.2f} levels from frame to "
         f"frame, its own key frames interpolated give {_decibels(figures['interpolation_psnr_db'])} dB."
     )
@@ -298,11 +298,15 @@ def _told(title: str, series: Mapping[str, Line]) -> str:
     return f"{title}. " + "; ".join(ranges)
 
 
+def _html_cell(cell: str) -> str:
+    is_number = cell == _NOTHING or cell.removeprefix("-").replace(".", "", 1).isdigit()
+    return f'<td class="number">{cell}</td>' if is_number else f"<td>{escape(cell)}</td>"
+
+
 def _html_table(table: Table, level: int = 2) -> str:
     head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in table.header)
     rows = "".join(
-        f'<tr><th scope="row">{escape(row[0])}</th>' + "".join(f"<td>{escape(cell)}</td>" for cell in row[1:]) + "</tr>"
-        for row in table.rows
+        f'<tr><th scope="row">{escape(row[0])}</th>' + "".join(map(_html_cell, row[1:])) + "</tr>" for row in table.rows
     )
     note = f"<p>{escape(table.note)}</p>" if table.note else ""
     return (
@@ -336,7 +340,7 @@ def facts(document: Mapping[str, Any]) -> list[str]:
         + ("; --limit was reached." if accounts["is_limited"] else ".")
     )
     found.append(
-        f"Clips {', '.join(settings['buckets'])} at {settings['fps']} frames per second; "
+        f"Clips {', '.join(settings['buckets'])} at {_rate(settings['fps'])}; "
         f"{settings['compute_dtype']} on {settings['device']}. A clip is moving where its own frames 0, 4, 8, ..., "
         f"interpolated, give less than {settings['moving_below_db']:g} dB between them."
     )
@@ -374,11 +378,23 @@ def _compatibility(summary: Mapping[str, Any]) -> Table:
     groups = _present(summary)
     lines: list[tuple[str, Sequence[str], int]] = [
         ("image decoder on video latents, PSNR", ("compatibility", "image_decoder", "psnr_db"), 2),
-        ("... ceiling: image VAE on these frames", ("compatibility", "image_decoder", "ceiling_psnr_db"), 2),
-        ("... against the best frame of the group", ("compatibility", "image_decoder", "best_of_group_psnr_db"), 2),
+        (
+            "image decoder's ceiling: the image VAE on these frames",
+            ("compatibility", "image_decoder", "ceiling_psnr_db"),
+            2,
+        ),
+        (
+            "image decoder, against the best frame of each group",
+            ("compatibility", "image_decoder", "best_of_group_psnr_db"),
+            2,
+        ),
         ("video decoder on image latents, PSNR", ("compatibility", "video_decoder", "psnr_db"), 2),
-        ("... ceiling: video VAE on these frames", ("compatibility", "video_decoder", "ceiling_psnr_db"), 2),
-        ("... key frames only", ("compatibility", "video_decoder", "key_psnr_db"), 2),
+        (
+            "video decoder's ceiling: the video VAE on these frames",
+            ("compatibility", "video_decoder", "ceiling_psnr_db"),
+            2,
+        ),
+        ("video decoder, key frames only", ("compatibility", "video_decoder", "key_psnr_db"), 2),
         ("video latents to image latents, rms / deviation", ("latents", "to_image_vae"), 4),
         ("frame 0 alone to its image latent, rms / deviation", ("latents", "single_frame_to_image_vae"), 4),
         ("first latent to that of frame 0 alone, rms / deviation", ("latents", "first_to_single_frame"), 4),
@@ -471,6 +487,10 @@ def _rejected(rejected: Sequence[Mapping[str, Any]]) -> Table:
 
 def _present(summary: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
     return [(group, summary[group]) for group in _GROUPS if summary[group] is not None]
+
+
+def _rate(fps: float | str) -> str:
+    return "the videos' own rate" if fps == "native" else f"{fps:g} frames per second"
 
 
 def _mean(values: Sequence[float]) -> float | None:
