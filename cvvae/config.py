@@ -9,7 +9,7 @@ which is not published, fills the same fields from a table of its own. This modu
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
 PaddingMode = Literal["zeros", "replicate"]
@@ -26,6 +26,36 @@ class ConfigError(ValueError):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LightArchitecture:
+    """Sizes of the light family; resolutions are shares of a frame's.
+
+    Raises:
+        ConfigError: a number that makes no network.
+    """
+
+    encoder_widths: tuple[int, int, int] = (32, 64, 96)
+    """Channels at 1/2, 1/4 and 1/8."""
+    encoder_blocks: tuple[int, int, int] = (2, 4, 3)
+    """Residual blocks at 1/2, 1/4 and 1/8."""
+    motion_blocks: int = 2
+    """Residual blocks, at 1/4, of what the frames of a group differ in."""
+    decoder_widths: tuple[int, int, int] = (48, 64, 112)
+    """Channels of single frames at 1/4, of groups at 1/4 and of groups at 1/8."""
+    decoder_blocks: tuple[int, int, int] = (3, 2, 3)
+    """Residual blocks of each."""
+
+    def __post_init__(self) -> None:
+        for name in _LIGHT_NAMES:
+            value = getattr(self, name)
+            numbers = value if isinstance(value, tuple) else (value,)
+            least = 4 if name.endswith("widths") else 0
+            if len(numbers) not in (1, 3) or not all(isinstance(n, int) and n >= least for n in numbers):
+                raise ConfigError(f"{name} is {value}: whole numbers of at least {least} are needed, one or three")
+            if name.endswith("widths") and any(n % 4 for n in numbers):
+                raise ConfigError(f"{name} is {value}: multiples of 4 are needed, as the norms have 4 groups")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CVVAEConfig:
     """Architecture, chunking and scale of one model.
 
@@ -33,8 +63,11 @@ class CVVAEConfig:
         ConfigError: a value is outside what the layers can build.
     """
 
-    class_name: Literal["CVVAEModel", "CVVAESD3Model"]
-    """The family: decides the published field names, key names and parameter shapes."""
+    class_name: Literal["CVVAEModel", "CVVAESD3Model", "CVVAELightModel"]
+    """The family: decides the field names, key names and parameter shapes. The first two are the published ones; the
+    light family reads `light` instead of widths, norms, attention and padding."""
+    light: LightArchitecture = field(default_factory=LightArchitecture)
+    """Sizes of the light family, without meaning for the others."""
     in_channels: int = 3
     """Channels of a frame."""
     latent_channels: int = 4
@@ -101,6 +134,10 @@ class CVVAEConfig:
                         f"{name} is {getattr(self, name)!r} beside norm='frame': that variant is causal and starts as "
                         f"an image VAE, which needs {needed!r}; leave the field out, or use norm='clip'"
                     )
+        if self.class_name == "CVVAELightModel" and self.norm != "frame":
+            raise ConfigError(
+                f"norm is {self.norm!r} in a CVVAELightModel: the light family is causal, with 'frame' only"
+            )
         base = self.block_out_channels[0]
         if self.class_name == "CVVAEModel" and any(width % base for width in self.block_out_channels):
             raise ConfigError(
@@ -143,11 +180,11 @@ class CVVAEConfig:
                     )
             elif key in family.fixed:
                 _check_fixed(class_name, key, value, family.fixed[key])
-            elif key in family.ignored or key in ("ch", "ch_mult"):
+            elif key in family.ignored or key in family.sizes:
                 continue
             elif key in family.renamed:
                 values[family.renamed[key]] = _neutral_value(class_name, key, value)
-            elif key in _FIELD_NAMES - set(family.renamed.values()) - {"class_name"}:
+            elif key in _FIELD_NAMES - set(family.renamed.values()) - {"class_name", "light"} - family.foreign:
                 values[key] = value
             else:
                 unknown.append(key)
@@ -156,6 +193,9 @@ class CVVAEConfig:
                 f"config.json of a {class_name} has unknown fields {sorted(unknown)}: the model may be built "
                 f"otherwise than this package would build it; remove them if they carry no meaning"
             )
+        if class_name == "CVVAELightModel":
+            sizes = {key: _neutral_value(class_name, key, given[key]) for key in _LIGHT_NAMES if key in given}
+            values["light"] = LightArchitecture(**sizes)
         if class_name == "CVVAEModel":
             values["block_out_channels"] = _widths(given.get("ch", 128), given.get("ch_mult", (1, 2, 4, 4)))
         return cls(**values)
@@ -174,7 +214,10 @@ class CVVAEConfig:
             published["ch"] = base
             published["ch_mult"] = [width // base for width in self.block_out_channels]
         defaults = type(self)(class_name=self.class_name, **_defaults(family, self.norm))
-        for name in sorted(_FIELD_NAMES - set(family.renamed.values()) - {"class_name", "block_out_channels"}):
+        if self.class_name == "CVVAELightModel":
+            published.update({name: _listed(getattr(self.light, name)) for name in _LIGHT_NAMES})
+        own = _FIELD_NAMES - set(family.renamed.values()) - {"class_name", "block_out_channels", "light"}
+        for name in sorted(own):
             if getattr(self, name) != getattr(defaults, name):
                 published[name] = getattr(self, name)
         if self.norm != family.defaults.get("norm", "clip"):
@@ -192,10 +235,15 @@ class _Family:
     """Published fields with the values that the released models use; others are refused, not guessed."""
     ignored: Mapping[str, Any]
     """Published fields that the published code never reads (or that only its demo reads)."""
+    sizes: frozenset[str] = frozenset()
+    """Fields from which `CVVAEConfig.from_published` makes the sizes of the family's layers."""
+    foreign: frozenset[str] = frozenset()
+    """Fields of `CVVAEConfig` that the family does not read."""
 
 
 _BOOKKEEPING = frozenset({"_class_name", "_diffusers_version", "_name_or_path", "_commit_hash", "_use_default_values"})
-_FIELD_NAMES = frozenset(field.name for field in fields(CVVAEConfig))
+_FIELD_NAMES = frozenset(entry.name for entry in fields(CVVAEConfig))
+_LIGHT_NAMES = tuple(entry.name for entry in fields(LightArchitecture))
 _FRAME_VARIANT: dict[str, Any] = {
     "norm": "frame",
     "norm_eps": 1e-6,
@@ -249,6 +297,7 @@ _FAMILIES = {
         },
         fixed={**_FIXED_IN_BOTH, "out_ch": (3,), "attn_resolutions": ((),), "dropout": (0.0,), "use_3d_conv": (True,)},
         ignored={"reshape_z_dim_to_4": False},
+        sizes=frozenset({"ch", "ch_mult"}),
     ),
     "CVVAESD3Model": _Family(
         defaults={
@@ -278,6 +327,22 @@ _FAMILIES = {
             "mid_block_add_attention": (True,),
         },
         ignored={"reshape_z_dim_to_4": False},
+    ),
+    "CVVAELightModel": _Family(
+        defaults={**_FRAME_VARIANT, "latent_channels": 32},
+        renamed={
+            "in_channels": "in_channels",
+            "latent_channels": "latent_channels",
+            "scaling_factor": "scaling_factor",
+            "shift_factor": "shift_factor",
+            "chunk_num_frames": "chunk_num_frames",
+            "tile_size_px": "tile_size_px",
+            "tile_overlap_ratio": "tile_overlap_ratio",
+        },
+        fixed={},
+        ignored={},
+        sizes=frozenset(_LIGHT_NAMES),
+        foreign=frozenset({"block_out_channels", "layers_per_block", "norm_num_groups", "half_3d", "post_quant_conv"}),
     ),
 }
 

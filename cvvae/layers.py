@@ -101,6 +101,11 @@ class Cache:
             frames = last.clone(memory_format=torch.contiguous_format).movedim(-1, 1)
         self._pasts[layer] = Past(frames, x.shape[2] + (0 if past is None else past.num_frames))
 
+    def keep(self, layer: nn.Module, frames: Tensor) -> None:
+        """Remembers just these frames, for a layer that decides by itself what it will need."""
+        kept = frames.detach().movedim(1, -1).clone(memory_format=torch.contiguous_format).movedim(-1, 1)
+        self._pasts[layer] = Past(kept, kept.shape[2])
+
     @property
     def num_bytes(self) -> int:
         """Bytes of all frames held."""
@@ -266,10 +271,12 @@ class SpaceTimeConv(nn.Conv3d):
 
 
 class FrameConv(nn.Conv2d):
-    """A 3x3 convolution of every frame by itself, weight (out, in, 3, 3), zeros around; keeps the shape."""
+    """A 2D convolution of every frame by itself, zeros around; with stride 1 it keeps height and width."""
 
-    def __init__(self, in_channels: int, out_channels: int) -> None:
-        super().__init__(in_channels, out_channels, KERNEL, padding=1)
+    def __init__(
+        self, in_channels: int, out_channels: int, *, kernel_size: int = KERNEL, stride: int = 1, bias: bool = True
+    ) -> None:
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return to_channels_last(unfold_frames(super().forward(fold_frames(x)), x.shape[2]))

@@ -34,6 +34,7 @@ from cvvae.layers import (
     norm_silu,
     to_channels_last,
 )
+from cvvae.light import LightDecoder, LightEncoder
 from cvvae.tiling import Span, plan_chunks, plan_tiles, run_tiles
 
 LOGVAR_RANGE = (-30.0, 20.0)
@@ -223,6 +224,8 @@ def _records_gradients(half: nn.Module, x: Tensor) -> bool:
 
 def _halves(config: CVVAEConfig) -> tuple[nn.Module, nn.Module]:
     """Encoder and decoder of the family; each is called as half(x, cache=None)."""
+    if config.class_name == "CVVAELightModel":
+        return LightEncoder(config), LightDecoder(config)
     return Encoder(config), Decoder(config)
 
 
