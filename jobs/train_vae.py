@@ -17,13 +17,14 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import signal
 import sys
 import threading
 import traceback
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,7 @@ _PARTS = {
     "work": WorkConfig,
 }
 _POLL_S = 0.2
+_WISH, _SAID, _SUMMARY = "stop", "said.txt", "summary.json"
 
 
 def read_job(argv: Sequence[str]) -> TrainingJob:
@@ -142,58 +144,80 @@ def _train_on_ray(job: TrainingJob, interrupted: Callable[[], bool]) -> Training
     from ray.train.torch import TorchTrainer
 
     address = job.work.ray_address or os.environ.get("RAY_ADDRESS")
+    options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     if address is None:
-        ray.init(address="local", include_dashboard=False, object_store_memory=80 << 20, logging_level=logging.ERROR)
+        ray.init(address="local", include_dashboard=False, object_store_memory=80 << 20, **options)
     else:
-        ray.init(address=address, logging_level=logging.ERROR)
-    output = Path(job.work.output)
-    output.mkdir(parents=True, exist_ok=True)
-    wish = output / f".stop-{uuid.uuid4().hex}"
+        ray.init(address=address, **options)
+    run_id = uuid.uuid4().hex
+    # What the first worker and this process tell each other, and what Ray Train keeps for itself.
+    exchange = Path(job.work.output) / ".ray" / run_id
+    exchange.mkdir(parents=True)
     try:
-        gpus = job.work.gpus_per_worker
-        uses_gpu = ray.cluster_resources().get("GPU", 0) > 0 if gpus is None else gpus > 0
+        uses_gpu = _uses_gpu(job, ray.cluster_resources())
         trainer = TorchTrainer(
             _train_in_worker,
-            train_loop_config={"job": job, "wish": str(wish)},
+            train_loop_config={"job": job, "exchange": str(exchange)},
             scaling_config=ScalingConfig(
                 num_workers=job.work.num_workers,
                 use_gpu=uses_gpu,
                 resources_per_worker={"CPU": job.work.cpus_per_worker, **({"GPU": 1} if uses_gpu else {})},
             ),
             run_config=RunConfig(
-                name=f"ray-{wish.name.removeprefix('.stop-')}",
-                storage_path=str(output / ".ray"),
+                name=run_id,
+                storage_path=str(exchange),
                 failure_config=FailureConfig(max_failures=job.work.max_failures),
             ),
         )
-        result = _fit(trainer, interrupted, wish)
+        _fit(trainer, interrupted, exchange)
+        return TrainingSummary(**json.loads((exchange / _SUMMARY).read_text(encoding="utf-8")))
     except TrainingFailedError as failed:
         raise _cause_of(failed) from failed
     finally:
         ray.shutdown()
-        wish.unlink(missing_ok=True)
-    return TrainingSummary(**result.metrics["summary"])
+        shutil.rmtree(exchange, ignore_errors=True)
+        with suppress(OSError):
+            exchange.parent.rmdir()
 
 
-def _fit(trainer: Any, interrupted: Callable[[], bool], wish: Path) -> Any:
+def _uses_gpu(job: TrainingJob, resources: Mapping[str, float]) -> bool:
+    """Whether workers get a GPU each; refuses more workers than would ever be placed."""
+    num_workers, gpus = job.work.num_workers, job.work.gpus_per_worker
+    uses_gpu = resources.get("GPU", 0) > 0 if gpus is None else gpus > 0
+    for name, needed in (("CPU", num_workers * job.work.cpus_per_worker), ("GPU", num_workers * uses_gpu)):
+        if resources.get(name, 0) < needed:
+            raise UsageError(
+                f"{num_workers} workers need {needed} {name}s, the Ray cluster has {resources.get(name, 0):g}: lower "
+                "--num-workers, --cpus-per-worker or --gpus-per-worker"
+            )
+    return uses_gpu
+
+
+def _fit(trainer: Any, interrupted: Callable[[], bool], exchange: Path) -> None:
     """Waits for the workers in a thread, because Ray would put a handler of its own in the place of ours."""
-    results: list[Any] = []
+    failures: list[BaseException] = []
 
     def run() -> None:
         try:
-            results.append(trainer.fit())
+            trainer.fit()
         except BaseException as error:
-            results.append(error)
+            failures.append(error)
 
     thread = threading.Thread(target=run, name="ray-train", daemon=True)
     thread.start()
-    while thread.is_alive():
+    num_said = 0
+    is_running = True
+    while is_running:
+        is_running = thread.is_alive()
         thread.join(_POLL_S)
-        if interrupted() and not wish.exists():
-            wish.touch()
-    if isinstance(results[0], BaseException):
-        raise results[0]
-    return results[0]
+        if interrupted():
+            (exchange / _WISH).touch()
+        said = (exchange / _SAID).read_text(encoding="utf-8") if (exchange / _SAID).exists() else ""
+        sys.stderr.write(said[num_said:])
+        sys.stderr.flush()
+        num_said = len(said)
+    if failures:
+        raise failures[0]
 
 
 def _train_in_worker(config: Mapping[str, Any]) -> None:
@@ -201,18 +225,25 @@ def _train_in_worker(config: Mapping[str, Any]) -> None:
     import ray.train
     import ray.train.torch
 
-    job, wish = config["job"], Path(config["wish"])
+    job, exchange = config["job"], Path(config["exchange"])
     context = ray.train.get_context()
-    rank = context.get_world_rank()
+    is_first = context.get_world_rank() == 0
+
+    def say(message: str) -> None:
+        if is_first:
+            with (exchange / _SAID).open("a", encoding="utf-8") as file:
+                file.write(message + "\n")
+
     worker = Worker(
-        rank=rank,
+        rank=context.get_world_rank(),
         world_size=context.get_world_size(),
         device=ray.train.torch.get_device(),
-        wants_stop=wish.exists,
-        say=_say if rank == 0 else lambda message: None,
+        wants_stop=(exchange / _WISH).exists,
+        say=say,
     )
     summary = train(job, worker)
-    ray.train.report({"summary": asdict(summary)})
+    if is_first:
+        (exchange / _SUMMARY).write_text(json.dumps(asdict(summary)), encoding="utf-8")
 
 
 def _cause_of(failed: Exception) -> Exception:
