@@ -65,7 +65,7 @@ li, p { overflow-wrap: anywhere; max-width: 60rem; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { border-bottom: 1px solid var(--rule); padding: .25rem 1rem .25rem 0; text-align: left; }
-td.number { text-align: right; }
+.number { text-align: right; }
 th { font-weight: 600; vertical-align: bottom; }
 section { border-top: 2px solid var(--rule); margin-top: 2rem; }
 figure { margin: 0 0 1rem; }
@@ -202,11 +202,24 @@ def _clip_curves(name: str, figures: Mapping[str, Any]) -> list[str]:
         _curves(f"{name}: PSNR by frame, dB", psnr),
         _curves(f"{name}: temporal error between frames, levels of 255", temporal),
     ]
+    if figures["probe"] is not None:
+        parts += _probe_curves(name, figures["probe"])
     header = ["frame", *psnr]
     by_frame = {label: dict(points) for label, points in psnr.items()}
     rows = [[str(t), *(_decibels(by_frame[label].get(t)) for label in psnr)] for t in range(figures["num_frames"])]
     table = _html_table(Table("PSNR by frame, dB", "", header, rows), level=3)
     return [*parts, f"<details><summary>PSNR of {escape(name)} by frame, in numbers</summary>{table}</details>"]
+
+
+def _probe_curves(name: str, probe: Mapping[str, Any]) -> list[str]:
+    cut = {label: probe[key] for key, label in (("chunked", "in chunks"), ("tiled", "in tiles")) if probe[key]}
+    latents = {label: list(enumerate(one["by_latent"])) for label, one in cut.items()}
+    psnr = {label: list(enumerate(one["frame_psnr_db_difference"])) for label, one in cut.items()}
+    parts = []
+    if cut:
+        parts.append(_curves(f"{name}: latents in pieces against one call, by latent, rms / deviation", latents))
+        parts.append(_curves(f"{name}: PSNR in pieces less that in one call, by frame, dB", psnr))
+    return parts
 
 
 def _all_clips(clips: Sequence[Mapping[str, Any]]) -> Table:
@@ -255,9 +268,7 @@ def _jpeg_uri(frames: Pixels) -> str:
 def _curves(title: str, series: Mapping[str, Line]) -> str:
     """Lines over frame numbers as one SVG; told apart by colour, dashes and a legend."""
     last = max(x for line in series.values() for x, _ in line)
-    low = math.floor(min(map(_lowest, series.values())))
-    high = math.ceil(max(map(_highest, series.values())))
-    high = max(high, low + 1)
+    low, high = _axis(min(map(_lowest, series.values())), max(map(_highest, series.values())))
     left, top, width, height = 44, 10, 596, 180
     legend_y = top + height + 40
 
@@ -285,6 +296,13 @@ def _curves(title: str, series: Mapping[str, Line]) -> str:
     return "".join([f"<figure><figcaption>{escape(title)}</figcaption>", *parts, "</svg></figure>"])
 
 
+def _axis(low: float, high: float) -> tuple[float, float]:
+    """Round numbers that the values lie between."""
+    step = 10.0 ** math.floor(math.log10(max(high - low, 1e-3)))
+    bottom, top = math.floor(low / step) * step, math.ceil(high / step) * step
+    return bottom, top if top > bottom else bottom + step
+
+
 def _lowest(line: Line) -> float:
     return min(y for _, y in line)
 
@@ -298,15 +316,19 @@ def _told(title: str, series: Mapping[str, Line]) -> str:
     return f"{title}. " + "; ".join(ranges)
 
 
-def _html_cell(cell: str) -> str:
+def _html_cell(title: str | None, cell: str) -> str:
+    """A cell, or the title of its column, on the side where numbers are or where text is."""
     is_number = cell == _NOTHING or cell.removeprefix("-").replace(".", "", 1).isdigit()
-    return f'<td class="number">{cell}</td>' if is_number else f"<td>{escape(cell)}</td>"
+    side = ' class="number"' if is_number else ""
+    return f"<td{side}>{escape(cell)}</td>" if title is None else f'<th scope="col"{side}>{escape(title)}</th>'
 
 
 def _html_table(table: Table, level: int = 2) -> str:
-    head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in table.header)
+    first = table.rows[0] if table.rows else table.header
+    head = "".join(_html_cell(title, below) for title, below in zip(table.header, first, strict=True))
     rows = "".join(
-        f'<tr><th scope="row">{escape(row[0])}</th>' + "".join(map(_html_cell, row[1:])) + "</tr>" for row in table.rows
+        f'<tr><th scope="row">{escape(row[0])}</th>' + "".join(_html_cell(None, cell) for cell in row[1:]) + "</tr>"
+        for row in table.rows
     )
     note = f"<p>{escape(table.note)}</p>" if table.note else ""
     return (
