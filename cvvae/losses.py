@@ -79,7 +79,8 @@ class LossConfig:
     regularisation: Distance = "l2"
     """Distance in both of these; squared L2 in the paper, L1 in the published code."""
     regularised_latents: int | None = None
-    """The image decoder decodes so many latents of a clip, drawn anew each time; None: all, as published."""
+    """The image decoder decodes so many latents of a clip, and the image encoder makes targets of matching for them;
+    drawn anew each time; None: all, as published."""
     latent_matching_weight: float = 0.0
     """Weight of the distance of the posterior's means to the image encoder's latents; not in the paper."""
     latent_matching: Distance = "l1"
@@ -354,14 +355,23 @@ class VAELoss(nn.Module):
                 total = total + self._adversarial_term(term, reconstruction, discriminator, last_layer, logs)
         if config.kl_weight > 0:
             total = total + self._kl_term(posterior, clips, logs)
-        if config.lambda_decoder > 0 or config.lambda_encoder > 0:
-            targets = select_frames(clips, config.mapping, rng)
-            if config.lambda_decoder > 0:
-                total = total + self._decoder_term(latents, targets, rng, logs)
-            if config.lambda_encoder > 0:
-                total = total + self._encoder_term(vae, clips, targets, logs)
+        if not config.needs_teacher:
+            logs["total"] = total.detach()
+            return LossOutput(total, logs, reconstruction, latents)
+        self._check_channels(latents)
+        targets = select_frames(clips, config.mapping, rng)
+        drawn = self._draw_latents(latents.shape[2], rng).to(clips.device)
+        image_latents: Tensor | None = None
+        if config.lambda_decoder > 0:
+            total = total + self._decoder_term(latents, targets, drawn, logs)
+        if config.lambda_encoder > 0:
+            with torch.no_grad():
+                image_latents = self.teacher.encode_frames(targets)
+            total = total + self._encoder_term(vae, clips, image_latents, logs)
         if config.latent_matching_weight > 0:
-            total = total + self._matching_term(posterior, clips, rng, logs)
+            if config.matching_mapping != config.mapping or config.mapping == "random":
+                image_latents = None
+            total = total + self._matching_term(posterior, clips, drawn, image_latents, rng, logs)
         logs["total"] = total.detach()
         return LossOutput(total, logs, reconstruction, latents)
 
@@ -433,39 +443,52 @@ class VAELoss(nn.Module):
             weight = config.adversarial_weight * adapted
         return weight * adversarial
 
-    def _decoder_term(self, latents: Tensor, targets: Tensor, rng: torch.Generator, logs: dict[str, Tensor]) -> Tensor:
+    def _draw_latents(self, num_latents: int, rng: torch.Generator) -> Tensor:
+        """The numbers of the latents that stand for all of them in the terms of the image VAE."""
+        limit = self.config.regularised_latents
+        if limit is None or limit >= num_latents:
+            return torch.arange(num_latents)
+        return torch.randperm(num_latents, generator=rng, device=rng.device)[:limit]
+
+    def _decoder_term(self, latents: Tensor, targets: Tensor, drawn: Tensor, logs: dict[str, Tensor]) -> Tensor:
         """L_dec of the paper: || psi(X) - D_i(E_v(X)) ||^2; with "first" of latent 0 alone."""
-        num_targets, limit = targets.shape[2], self.config.regularised_latents
-        self._check_channels(latents)
-        latents = latents[:, :, :num_targets]
-        if limit is not None and limit < num_targets:
-            drawn = torch.randperm(num_targets, generator=rng, device=rng.device)[:limit].to(latents.device)
-            latents, targets = latents[:, :, drawn], targets[:, :, drawn]
-        distance = _distance(self.teacher.decode_latents(latents), targets, self.config.regularisation)
+        if self.config.mapping == "first":
+            drawn = drawn[:1].new_zeros(1)
+        decoded = self.teacher.decode_latents(latents[:, :, drawn])
+        distance = _distance(decoded, targets[:, :, drawn], self.config.regularisation)
         logs["decoder"] = distance.detach()
         return self.config.lambda_decoder * self._with_variance(distance, "logvar_decoder", logs)
 
-    def _encoder_term(self, vae: CVVAE, clips: Tensor, targets: Tensor, logs: dict[str, Tensor]) -> Tensor:
+    def _encoder_term(self, vae: CVVAE, clips: Tensor, image_latents: Tensor, logs: dict[str, Tensor]) -> Tensor:
         """L_en of the paper: || X - D_v(E_i(psi(X))) ||^2.
 
         With "first" there is one image latent, which a video decoder turns into one frame: that is compared to frame 0.
         To ask for the whole clip would be to ask for motion that the latent cannot know of.
         """
-        with torch.no_grad():
-            image_latents = self.teacher.encode_frames(targets)
         frames = vae.decode(image_latents).sample
         distance = _distance(frames, clips[:, :, : frames.shape[2]], self.config.regularisation)
         logs["encoder"] = distance.detach()
         return self.config.lambda_encoder * self._with_variance(distance, "logvar_encoder", logs)
 
     def _matching_term(
-        self, posterior: LatentDistribution, clips: Tensor, rng: torch.Generator, logs: dict[str, Tensor]
+        self,
+        posterior: LatentDistribution,
+        clips: Tensor,
+        drawn: Tensor,
+        image_latents: Tensor | None,
+        rng: torch.Generator,
+        logs: dict[str, Tensor],
     ) -> Tensor:
-        """Distance of the posterior's means (what is stored) to the image encoder's latents."""
-        self._check_channels(posterior.mean)
-        with torch.no_grad():
-            targets = self.teacher.encode_frames(select_frames(clips, self.config.matching_mapping, rng))
-        distance = _distance(posterior.mean[:, :, : targets.shape[2]], targets, self.config.latent_matching)
+        """Distance of the posterior's means (what is stored) to the image encoder's latents, which may be known."""
+        if self.config.matching_mapping == "first":
+            drawn = drawn[:1].new_zeros(1)
+        if image_latents is None:
+            frames = select_frames(clips, self.config.matching_mapping, rng)
+            with torch.no_grad():
+                targets = self.teacher.encode_frames(frames[:, :, drawn])
+        else:
+            targets = image_latents[:, :, drawn]
+        distance = _distance(posterior.mean[:, :, drawn], targets, self.config.latent_matching)
         logs["latent_matching"] = distance.detach()
         return self.config.latent_matching_weight * distance
 
