@@ -177,13 +177,10 @@ def test_gradients_cross_chunks(trainable: cvvae.CVVAE, frames: Frames) -> None:
         torch.testing.assert_close(in_chunks[name], gradient, atol=1e-6, rtol=1e-4)
 
 
-@pytest.mark.parametrize("num_frames", [1, 9])
 @pytest.mark.parametrize("half", ["encoder", "decoder"])
-def test_a_half_compiles_to_one_graph(
-    family: str, make_model: MakeModel, frames: Frames, half: str, num_frames: int
-) -> None:
-    vae = make_model(family, norm="frame")
-    x = frames(1, 3 if half == "encoder" else vae.latent_channels, num_frames, 16, 16)
+def test_a_half_compiles_to_one_graph(make_model: MakeModel, frames: Frames, half: str) -> None:
+    vae = make_model("CVVAEModel", norm="frame")
+    x = frames(1, 3 if half == "encoder" else vae.latent_channels, 5, 16, 16)
     module = getattr(vae, half)
     compiled = torch.compile(module, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), module(x))

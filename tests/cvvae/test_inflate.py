@@ -66,21 +66,27 @@ def by_frame(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) 
     return torch.stack([function(frame) for frame in x.unbind(2)], dim=2)
 
 
-def assert_is_the_image_vae(vae: cvvae.CVVAE, image_vae: Any, clip: torch.Tensor) -> None:
+def assert_is_the_image_vae(vae: cvvae.CVVAE, image_vae: Any, clip: torch.Tensor, atol: float = 1e-5) -> None:
     found = vae.encode(clip).latent_dist
     wanted = image_vae.encode(clip[:, :, ::4].movedim(2, 1).flatten(0, 1)).latent_dist
     for moment in ("mean", "logvar"):
         frames = getattr(wanted, moment).unflatten(0, (clip.shape[0], -1)).movedim(1, 2)
-        torch.testing.assert_close(getattr(found, moment), frames, atol=1e-5, rtol=0)
+        torch.testing.assert_close(getattr(found, moment), frames, atol=atol, rtol=0)
     latents = found.mean
     groups = [0] + [1 + frame // 4 for frame in range(clip.shape[2] - 1)]
     wanted_frames = by_frame(lambda z: image_vae.decode(z).sample, latents)[:, :, groups]
-    torch.testing.assert_close(vae.decode(latents).sample, wanted_frames, atol=1e-5, rtol=0)
+    torch.testing.assert_close(vae.decode(latents).sample, wanted_frames, atol=atol, rtol=0)
 
 
 @pytest.mark.parametrize("half_3d", [True, False])
 def test_every_latent_and_every_frame_is_the_image_vaes(image_vae: Any, half_3d: bool, frames: Frames) -> None:
     assert_is_the_image_vae(inflate(image_vae, half_3d=half_3d), image_vae, frames(2, 3, 9, 32, 40))
+
+
+def test_what_is_left_is_the_rounding_of_float32(frames: Frames) -> None:
+    image_vae = made_image_vae(**SHAPES["sd3"])
+    vae = inflate(image_vae).double()
+    assert_is_the_image_vae(vae, image_vae.double(), frames(1, 3, 5, 32, 32).double(), atol=1e-12)
 
 
 def test_images_are_the_image_vaes(image_vae: Any, frames: Frames) -> None:
