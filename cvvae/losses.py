@@ -219,10 +219,10 @@ def load_perceptual(name: str | None) -> Perceptual | None:
     _check_choice("perceptual", name, ("lpips",))
     try:
         import lpips
-    except ImportError as error:
+    except (ImportError, RuntimeError) as error:
         raise LossError(
-            f"the perceptual distance 'lpips' needs the package lpips ({error}): pip install lpips, or give another "
-            f"callable, or train without (perceptual_weight 0)"
+            f"the perceptual distance 'lpips' needs the package lpips and a torchvision that fits torch ({error}): pip "
+            f"install lpips, or give another callable, or train without (perceptual_weight 0)"
         ) from error
     try:
         return LPIPS(lpips.LPIPS(net="vgg", verbose=False))
