@@ -497,8 +497,12 @@ def _distributed(module: nn.Module) -> nn.Module:
 
 def _clip(parameters: Iterable[nn.Parameter], clip_norm: float) -> tuple[Tensor, bool]:
     """Shortens the gradient to a length; gives the length that it had, and whether that is finite."""
-    norm = nn.utils.clip_grad_norm_([p for p in parameters if p.grad is not None], clip_norm, foreach=True)
-    return norm.detach(), bool(torch.isfinite(norm))
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norm = nn.utils.get_total_norm(gradients, foreach=True)
+    length = float(norm)
+    if clip_norm < length < math.inf:
+        torch._foreach_mul_(gradients, clip_norm / length)
+    return norm.detach(), math.isfinite(length)
 
 
 def _optimizer_state(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> dict[str, dict[str, Tensor]]:

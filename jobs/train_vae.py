@@ -39,6 +39,7 @@ import torch
 
 from cvvae.training import DivergedError
 from jobs.training_loop import ModelConfig, OptimisationConfig, TrainingJob, TrainingSummary, WorkConfig, Worker, train
+from pipeline.codec import CPU_ENVIRONMENT
 from pipeline.config import DecodeLimits, read_parts
 from pipeline.errors import LatentmillError, StorageError, StorageUnavailableError, UsageError
 from pipeline.training_clips import ClipsConfig
@@ -134,6 +135,9 @@ def _train_here(job: TrainingJob, interrupted: Callable[[], bool]) -> TrainingSu
         raise UsageError(
             f"--gpus-per-worker is {job.work.gpus_per_worker:g}, but torch {torch.__version__} sees no GPU"
         )
+    if not uses_gpu and __name__ == "__main__" and "GLIBC_TUNABLES" not in os.environ:
+        # glibc reads its settings when a process starts.
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **CPU_ENVIRONMENT})
     device = torch.device("cuda" if uses_gpu else "cpu")
     return train(job, Worker(rank=0, world_size=1, device=device, wants_stop=interrupted, say=_say))
 
@@ -155,6 +159,12 @@ def _train_on_ray(job: TrainingJob, interrupted: Callable[[], bool]) -> Training
     exchange.mkdir(parents=True)
     try:
         uses_gpu = _uses_gpu(job, ray.cluster_resources())
+        run_options: dict[str, Any] = {
+            "name": run_id,
+            "storage_path": str(exchange),
+            "failure_config": FailureConfig(max_failures=job.work.max_failures),
+            "worker_runtime_env": {} if uses_gpu else {"env_vars": CPU_ENVIRONMENT},
+        }
         trainer = TorchTrainer(
             _train_in_worker,
             train_loop_config={"job": job, "exchange": str(exchange)},
@@ -163,11 +173,7 @@ def _train_on_ray(job: TrainingJob, interrupted: Callable[[], bool]) -> Training
                 use_gpu=uses_gpu,
                 resources_per_worker={"CPU": job.work.cpus_per_worker, **({"GPU": 1} if uses_gpu else {})},
             ),
-            run_config=RunConfig(
-                name=run_id,
-                storage_path=str(exchange),
-                failure_config=FailureConfig(max_failures=job.work.max_failures),
-            ),
+            run_config=RunConfig(**run_options),
         )
         _fit(trainer, interrupted, exchange)
         return TrainingSummary(**json.loads((exchange / _SUMMARY).read_text(encoding="utf-8")))
