@@ -47,12 +47,17 @@ class LightArchitecture:
     def __post_init__(self) -> None:
         for name in _LIGHT_NAMES:
             value = getattr(self, name)
-            numbers = value if isinstance(value, tuple) else (value,)
-            least = 4 if name.endswith("widths") else 0
-            if len(numbers) not in (1, 3) or not all(isinstance(n, int) and n >= least for n in numbers):
-                raise ConfigError(f"{name} is {value}: whole numbers of at least {least} are needed, one or three")
-            if name.endswith("widths") and any(n % 4 for n in numbers):
-                raise ConfigError(f"{name} is {value}: multiples of 4 are needed, as the norms have 4 groups")
+            is_one, is_width = name == "motion_blocks", name.endswith("widths")
+            numbers = (value,) if is_one else value
+            least = 4 if is_width else 0
+            if (
+                not isinstance(numbers, tuple)
+                or len(numbers) != (1 if is_one else 3)
+                or not all(type(n) is int and n >= least and not (is_width and n % 4) for n in numbers)
+            ):
+                numbers_needed = "one whole number" if is_one else "three whole numbers"
+                multiples = ", multiples of 4, as the norms have 4 groups" if is_width else ""
+                raise ConfigError(f"{name} is {value!r}: needed is {numbers_needed} of at least {least}{multiples}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
