@@ -291,6 +291,11 @@ class CVVAE(nn.Module):
         """No latent depends on a later frame and no frame on a later latent, so that streams are possible."""
         return self.config.is_causal
 
+    @property
+    def chunk_frames(self) -> int | None:
+        """The chunks' length as given to `set_chunking`, without the frame more; None where clips are not cut."""
+        return None if self._chunk_latents is None else self._chunk_latents * TEMPORAL_COMPRESSION
+
     def latent_shape(self, num_frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         """(C, t, h, w) of the latents of a clip of that many frames and that size in pixels.
 

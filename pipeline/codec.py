@@ -200,7 +200,22 @@ class ClipEncoder:
         return slots[-1]
 
     def _moments(self, frames: torch.Tensor) -> torch.Tensor:
-        posterior = self._vae.encode(pixels_to_input(frames, self._dtype)).latent_dist
+        """`(B, C or 2C, t, h, w)` of uint8 `(B, T, H, W, 3)`."""
+        return torch.cat([self._stored(posterior) for posterior in self._posteriors(frames)], dim=2)
+
+    def _posteriors(self, frames: torch.Tensor) -> Iterable[cvvae.LatentDistribution]:
+        """Of the whole clips, or where the model streams of one piece after the other.
+
+        A stream gives the same latents, and only one piece is ever in memory in floating point.
+        """
+        if not self._vae.is_causal or self._vae.chunk_frames is None:
+            return [self._vae.encode(pixels_to_input(frames, self._dtype)).latent_dist]
+        # A piece ends with a group, as the first frame is a group by itself.
+        starts = range(1, max(frames.shape[1], 2), self._vae.chunk_frames)
+        pieces = (frames[:, start if start > 1 else 0 : start + self._vae.chunk_frames] for start in starts)
+        return self._vae.encode_stream(pixels_to_input(piece, self._dtype) for piece in pieces)
+
+    def _stored(self, posterior: cvvae.LatentDistribution) -> torch.Tensor:
         parts = [posterior.mean] if self._encoding.store == "mean" else [posterior.mean, posterior.logvar]
         return torch.cat([part.to(self._store_dtype) for part in parts], dim=1)
 
@@ -261,5 +276,9 @@ class LatentDecoder:
     @torch.inference_mode()
     def decode(self, mean: npt.NDArray[np.floating]) -> npt.NDArray[np.uint8]:
         """Unscaled posterior mean `(C, t, h, w)` -> uint8 `(1+4(t-1), 8h, 8w, 3)` in 0..255."""
-        latent = torch.from_numpy(np.ascontiguousarray(mean)).to(self._device, self._dtype)
-        return output_to_pixels(self._vae.decode(latent.unsqueeze(0)).sample[0])
+        latents = torch.from_numpy(np.ascontiguousarray(mean)).to(self._device, self._dtype).unsqueeze(0)
+        chunk_frames = self._vae.chunk_frames
+        if not self._vae.is_causal or chunk_frames is None:
+            return output_to_pixels(self._vae.decode(latents).sample[0])
+        pieces = latents.split(chunk_frames // self._vae.temporal_compression, dim=2)
+        return np.concatenate([output_to_pixels(piece[0]) for piece in self._vae.decode_stream(pieces)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -145,3 +146,33 @@ def test_on_a_gpu_latents_are_near_those_of_the_cpu_and_do_not_depend_on_the_bat
         (alone,) = _records(encoder, [clip])
         np.testing.assert_array_equal(alone.mean, together[clip.key])
         np.testing.assert_allclose(alone.mean, expected[clip.key], atol=2e-2)
+
+
+@pytest.fixture
+def causal_model(tmp_path: Path) -> Path:
+    sizes = {"encoder_widths": [8, 8, 8], "encoder_blocks": [1, 1, 1], "motion_blocks": 1}
+    sizes |= {"decoder_widths": [8, 8, 8], "decoder_blocks": [1, 2, 2]}
+    fields = {"_class_name": "CVVAELightModel", "untrained": True, **sizes}
+    (tmp_path / "config.json").write_text(json.dumps(fields), encoding="utf-8")
+    return tmp_path
+
+
+@pytest.mark.parametrize("num_frames", [1, 5, 9, 21])
+def test_a_causal_model_encodes_piece_by_piece_what_it_would_encode_at_once(
+    causal_model: Path, num_frames: int
+) -> None:
+    clip = _clip(0, Bucket(width_px=40, height_px=32, num_frames=num_frames))
+    at_once, in_pieces = (
+        replace(_encoding("--store-dtype", "float32"), model=str(causal_model), chunk_frames=chunk) for chunk in (0, 8)
+    )
+    (wanted,) = _records(ClipEncoder(at_once, CPU), [clip])
+    encoder = ClipEncoder(in_pieces, CPU)
+    lengths: list[int] = []
+    encoder._vae.encoder.register_forward_pre_hook(lambda _, inputs: lengths.append(inputs[0].shape[2]))
+    (found,) = _records(encoder, [clip])
+    np.testing.assert_allclose(found.mean, wanted.mean, atol=1e-5)
+    assert sum(lengths) == num_frames
+    assert max(lengths) <= 9
+    frames = [LatentDecoder(encoding, CPU).decode(wanted.mean).astype(int) for encoding in (at_once, in_pieces)]
+    assert frames[0].shape == (num_frames, 32, 40, 3)
+    assert abs(frames[0] - frames[1]).max() <= 1
