@@ -108,6 +108,9 @@ def main(argv: Sequence[str]) -> int:
         return _fail(_EXIT_USAGE, UsageError(f"--output: {error}"))
     except LatentmillError as error:
         return _fail(_EXIT_BROKEN, error)
+    except torch.OutOfMemoryError as error:
+        advice = "give smaller --buckets, --probe-clips 0 (probes run whole clips in one piece), or --device cpu"
+        return _fail(_EXIT_BROKEN, LatentmillError(f"the GPU ran out of memory: {advice} ({error})"))
     except KeyboardInterrupt:
         return _fail(_EXIT_INTERRUPTED, LatentmillError("interrupted; nothing was written"))
     print(tables)

@@ -355,6 +355,12 @@ def facts(document: Mapping[str, Any]) -> list[str]:
             f"Image VAE {teacher['path']} ({teacher['class']}, {teacher['num_parameters'] / 1e6:.2f} M parameters), "
             f"{teacher['latent_channels']} latent channels."
         )
+        scales = [(one["scaling_factor"], one["shift_factor"]) for one in (model, teacher)]
+        if scales[0] != scales[1]:
+            found.append(
+                "WARNING: a diffusion model sees scale * (latent - shift), and the model's scale and shift "
+                f"{scales[0]} are not the image VAE's {scales[1]}."
+            )
     found.append(
         f"{accounts['num_clips']} clips of {accounts['num_videos_ok']} files from {settings['input']}: "
         f"{accounts['num_clips_moving']} moving, {accounts['num_clips_static']} static, "

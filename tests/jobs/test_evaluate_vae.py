@@ -26,6 +26,7 @@ from PIL import Image
 
 from cvvae.inflate import inflate
 from jobs.evaluate_vae import SCHEMA, main
+from jobs.evaluation_report import facts
 
 BUCKET = "64x64x9"
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -217,6 +218,14 @@ def test_the_page_stands_alone_and_tells_every_picture_in_words(outcome: Outcome
     assert "prefers-color-scheme: dark" in outcome.page
     assert page.headings[0].startswith("Evaluation of ")
     assert re.search(r'<html lang="en">', outcome.page)
+
+
+def test_what_makes_figures_worthless_is_said_first(outcome: Outcome) -> None:
+    assert not any("WARNING" in fact for fact in facts(outcome.document))
+    untrained = {**outcome.document, "model": {**outcome.document["model"], "is_trained": False}}
+    assert "untrained" in facts(untrained)[0]
+    rescaled = {**outcome.document, "model": {**outcome.document["model"], "scaling_factor": 2.0}}
+    assert any("WARNING" in fact and "(2.0, 0.0)" in fact for fact in facts(rescaled))
 
 
 def test_names_of_files_are_text_on_the_page_and_stay_in_their_cell_of_the_table(
