@@ -530,7 +530,8 @@ def _decibels(value: float | None) -> str:
 
 
 def _number(value: float | None, digits: int) -> str:
-    return _NOTHING if value is None else f"{value:.{digits}f}"
+    # Adding zero makes of -0.0 what people write.
+    return _NOTHING if value is None else f"{round(value, digits) + 0.0:.{digits}f}"
 
 
 def _plain(text: str) -> str:
