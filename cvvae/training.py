@@ -203,6 +203,9 @@ class Trainer:
         # Kernels are chosen by strides, so a model that was loaded must lie in memory as one that was not.
         for parameter in vae.parameters():
             parameter.data = parameter.data.contiguous()
+        for module in vae.modules():
+            if isinstance(module, nn.GroupNorm):
+                module.register_forward_pre_hook(_with_gradient)
         vae.set_chunking(0, 0)
         if config.gradient_checkpointing:
             vae.enable_gradient_checkpointing()
@@ -485,6 +488,15 @@ class _DiscriminatorPass(nn.Module):
 
     def forward(self, clips: Tensor, reconstruction: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         return self._loss[0].discriminator(self.discriminator, clips, reconstruction)
+
+
+def _with_gradient(norm: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+    """Behind frozen layers a norm's input has no gradient, and torch 2.13 on a CPU then crashes in its backward pass
+    (channels last); so it gets one that nobody asks for."""
+    (x,) = inputs
+    if torch.is_grad_enabled() and not x.requires_grad and next(norm.parameters()).requires_grad:
+        return (x.detach().requires_grad_(),)
+    return inputs
 
 
 def _distributed(module: nn.Module) -> nn.Module:

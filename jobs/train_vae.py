@@ -38,6 +38,7 @@ if _ROOT not in sys.path:
 import torch
 
 from cvvae.training import DivergedError
+from jobs.training_checkpoints import checkpoints_in
 from jobs.training_loop import ModelConfig, OptimisationConfig, TrainingJob, TrainingSummary, WorkConfig, Worker, train
 from pipeline.codec import CPU_ENVIRONMENT
 from pipeline.config import DecodeLimits, read_parts
@@ -71,6 +72,10 @@ def read_job(argv: Sequence[str]) -> TrainingJob:
         raise UsageError(f"--local is one worker in this process, not {job.work.num_workers}; leave one of them out")
     if job.work.gpus_per_worker not in (None, 0, 1):
         raise UsageError(f"--gpus-per-worker: {job.work.gpus_per_worker:g} is neither 0 nor 1")
+    found = checkpoints_in(Path(job.work.output).expanduser())
+    if found and job.work.resume == "never":
+        # Here and not in the workers, because one that replaces a lost one has to go on.
+        raise UsageError(f"--output: {job.work.output} holds step {found[-1].step}: --resume auto, or another output")
     # Workers of Ray Train have working directories of their own.
     output = os.path.abspath(os.path.expanduser(job.work.output))
     return replace(job, work=replace(job.work, output=output))

@@ -252,8 +252,6 @@ def train(job: TrainingJob, worker: Worker) -> TrainingSummary:
     stages, feeds = job.stages()
     output = Path(job.work.output)
     found = checkpoints_in(output)
-    if found and job.work.resume == "never":
-        raise UsageError(f"{output} holds checkpoints up to step {found[-1].step}: --resume auto, or another --output")
     checkpoint = found[-1] if found else None
     teacher = None
     if any(stage.loss.needs_teacher for stage in stages):
