@@ -436,13 +436,15 @@ def _encode(path: Path, frames: Iterable[av.VideoFrame], fps: float, qp: int) ->
     """The same frames give the same bytes: one thread, no encoder name, and none of x264's adaptive quantisation."""
     with av.open(str(path), "w", container_options={"fflags": "+bitexact", "movflags": "+faststart"}) as container:
         stream = None
-        for frame in frames:
+        rate = Fraction(fps).limit_denominator(1001)
+        for number, frame in enumerate(frames):
             if stream is None:
-                stream = container.add_stream("libx264", Fraction(fps).limit_denominator(1001))
+                stream = container.add_stream("libx264", rate)
                 stream.width, stream.height, stream.pix_fmt = frame.width, frame.height, "yuv420p"
                 stream.codec_context.thread_count = 1
                 stream.codec_context.options = {"qp": str(qp), "preset": "veryfast", "g": "24", "flags": "+bitexact"}
-            frame.pts = None
+            # A frame that comes from a decoder carries the time base of its source, by which the encoder would round.
+            frame.pts, frame.time_base = number, 1 / rate
             container.mux(stream.encode(frame))
         if stream is not None:
             container.mux(stream.encode(None))

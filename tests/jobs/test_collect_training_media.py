@@ -99,6 +99,11 @@ def _frames(path: Path) -> list[np.ndarray]:
         return [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
 
 
+def _times_s(path: Path) -> list[float | None]:
+    with av.open(str(path)) as container:
+        return [frame.time for frame in container.decode(video=0)]
+
+
 def test_a_table_becomes_two_folders_that_name_the_source_of_every_file(
     registry: _Registry, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -124,6 +129,8 @@ def test_a_run_holds_exactly_the_frames_that_the_table_names(
     for name, start, num_frames in (("film_00002.mp4", 2, 5), ("film_00009.mp4", 9, 6)):
         piece = _frames(registry.train / name)
         assert len(piece) == num_frames
+        fps = _rows(registry.train)[name]["fps"]
+        assert _times_s(registry.train / name) == pytest.approx([index / fps for index in range(num_frames)], abs=1e-3)
         for offset, frame in enumerate(piece):
             small = [
                 np.asarray(Image.fromarray(one).resize((48, 32), Image.Resampling.BOX), dtype=float) for one in whole
