@@ -23,8 +23,8 @@ import sys
 import threading
 import traceback
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,7 @@ from pipeline.errors import LatentmillError, StorageError, StorageUnavailableErr
 from pipeline.training_clips import ClipsConfig
 
 EXIT_DONE, EXIT_USAGE, EXIT_FAILED, EXIT_INTERRUPTED = 0, 2, 4, 130
-_PARTS = {
+PARTS = {
     "model": ModelConfig,
     "clips": ClipsConfig,
     "decode": DecodeLimits,
@@ -65,7 +65,7 @@ def read_job(argv: Sequence[str]) -> TrainingJob:
         ValueError: a stage or the trainer cannot be as the YAML says.
     """
     description = (__doc__ or "").partition("\n")[0]
-    job = TrainingJob(**read_parts(argv, _PARTS, "train_vae.py", description))
+    job = TrainingJob(**read_parts(argv, PARTS, "train_vae.py", description))
     job.stages()
     job.trainer_config()
     if job.work.local and job.work.num_workers > 1:
@@ -84,10 +84,11 @@ def read_job(argv: Sequence[str]) -> TrainingJob:
 def main(argv: Sequence[str]) -> int:
     """Runs the job; returns the exit code."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    interrupt = _Interrupt()
     try:
         job = read_job(argv)
-        with _interrupts() as interrupted:
-            summary = _train_here(job, interrupted) if job.work.local else _train_on_ray(job, interrupted)
+        interrupt.install()
+        summary = _train_here(job, interrupt) if job.work.local else _train_on_ray(job, interrupt)
     except StorageUnavailableError as error:
         return _fail(EXIT_FAILED, error)
     except (UsageError, StorageError) as error:
@@ -107,34 +108,40 @@ def main(argv: Sequence[str]) -> int:
     except Exception as error:
         traceback.print_exc()
         return _fail(EXIT_FAILED, error)
+    finally:
+        interrupt.uninstall()
     code = EXIT_INTERRUPTED if summary.ended_by == "interrupt" else EXIT_DONE
     _result({"exit_code": code, **asdict(summary), "output": job.work.output})
     return code
 
 
-@contextmanager
-def _interrupts() -> Iterator[Callable[[], bool]]:
-    """Makes the first Ctrl-C or SIGTERM a wish to stop with a checkpoint; the second one stops at once."""
-    flag = threading.Event()
+class _Interrupt:
+    """The first Ctrl-C or SIGTERM is a wish to stop with a checkpoint, the second one stops at once."""
 
-    def handle(_number: int, _frame: object) -> None:
-        if flag.is_set():
-            raise KeyboardInterrupt
-        flag.set()
-        _say("interrupted: writing a checkpoint; once more stops at once")
+    def __init__(self) -> None:
+        self.is_wished = False
+        self._before: dict[int, Any] = {}
 
-    if threading.current_thread() is not threading.main_thread():
-        yield flag.is_set
-        return
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield flag.is_set
-    finally:
-        for number, handler in before.items():
+    def install(self) -> None:
+        """Takes the signals; once more after whoever else took them."""
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before.setdefault(number, signal.getsignal(number))
+                signal.signal(number, self._handle)
+
+    def uninstall(self) -> None:
+        """Gives the signals back."""
+        for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    def _handle(self, _number: int, _frame: object) -> None:
+        if self.is_wished:
+            raise KeyboardInterrupt
+        self.is_wished = True
+        _say("interrupted: writing a checkpoint; once more stops at once")
 
-def _train_here(job: TrainingJob, interrupted: Callable[[], bool]) -> TrainingSummary:
+
+def _train_here(job: TrainingJob, interrupt: _Interrupt) -> TrainingSummary:
     uses_gpu = torch.cuda.is_available() and job.work.gpus_per_worker != 0
     if job.work.gpus_per_worker and not uses_gpu:
         raise UsageError(
@@ -144,10 +151,10 @@ def _train_here(job: TrainingJob, interrupted: Callable[[], bool]) -> TrainingSu
         # glibc reads its settings when a process starts.
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **CPU_ENVIRONMENT})
     device = torch.device("cuda" if uses_gpu else "cpu")
-    return train(job, Worker(rank=0, world_size=1, device=device, wants_stop=interrupted, say=_say))
+    return train(job, Worker(rank=0, world_size=1, device=device, wants_stop=lambda: interrupt.is_wished, say=_say))
 
 
-def _train_on_ray(job: TrainingJob, interrupted: Callable[[], bool]) -> TrainingSummary:
+def _train_on_ray(job: TrainingJob, interrupt: _Interrupt) -> TrainingSummary:
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchTrainer
@@ -157,7 +164,11 @@ def _train_on_ray(job: TrainingJob, interrupted: Callable[[], bool]) -> Training
     if address is None:
         ray.init(address="local", include_dashboard=False, object_store_memory=80 << 20, **options)
     else:
-        ray.init(address=address, **options)
+        try:
+            ray.init(address=address, **options)
+        except (ConnectionError, RuntimeError) as error:
+            raise UsageError(f"there is no Ray cluster at {address}: {error}") from error
+    interrupt.install()  # ray.init puts a handler of its own in the place of ours
     run_id = uuid.uuid4().hex
     # What the first worker and this process tell each other, and what Ray Train keeps for itself.
     exchange = Path(job.work.output) / ".ray" / run_id
@@ -180,7 +191,7 @@ def _train_on_ray(job: TrainingJob, interrupted: Callable[[], bool]) -> Training
             ),
             run_config=RunConfig(**run_options),
         )
-        _fit(trainer, interrupted, exchange)
+        _fit(trainer, interrupt, exchange)
         return TrainingSummary(**json.loads((exchange / _SUMMARY).read_text(encoding="utf-8")))
     except TrainingFailedError as failed:
         raise _cause_of(failed) from failed
@@ -204,7 +215,7 @@ def _uses_gpu(job: TrainingJob, resources: Mapping[str, float]) -> bool:
     return uses_gpu
 
 
-def _fit(trainer: Any, interrupted: Callable[[], bool], exchange: Path) -> None:
+def _fit(trainer: Any, interrupt: _Interrupt, exchange: Path) -> None:
     """Waits for the workers in a thread, because Ray would put a handler of its own in the place of ours."""
     failures: list[BaseException] = []
 
@@ -221,7 +232,7 @@ def _fit(trainer: Any, interrupted: Callable[[], bool], exchange: Path) -> None:
     while is_running:
         is_running = thread.is_alive()
         thread.join(_POLL_S)
-        if interrupted():
+        if interrupt.is_wished:
             (exchange / _WISH).touch()
         said = (exchange / _SAID).read_text(encoding="utf-8") if (exchange / _SAID).exists() else ""
         sys.stderr.write(said[num_said:])
