@@ -25,6 +25,7 @@ import cvvae
 from cvvae.teachers import TinyImageVAE
 from jobs.train_vae import PARTS, main, read_job
 from jobs.training_checkpoints import checkpoints_in
+from jobs.training_loop import ModelConfig, initial_vae
 from pipeline.config import argument_parser
 from pipeline.errors import UsageError
 
@@ -288,6 +289,31 @@ def test_every_flag_that_the_readme_and_the_configurations_name_is_known() -> No
     used = {flag for command in commands for flag in re.findall(r"--[a-z][a-z0-9-]*", command)}
     assert len(used) >= 5
     assert used <= known
+
+
+def test_training_starts_from_an_image_vae_a_video_vae_or_a_configuration(tmp_path: Path) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    image_vae = diffusers.AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * 4,
+        up_block_types=["UpDecoderBlock2D"] * 4,
+        block_out_channels=[8, 8, 8, 8],
+        norm_num_groups=4,
+    )
+    image_vae.save_pretrained(tmp_path / "pipeline" / "vae")
+    inflated = initial_vae(ModelConfig(init=str(tmp_path / "pipeline"), init_subfolder="vae"), seed=0)
+    assert inflated.is_causal
+    inflated.save_pretrained(tmp_path / "video")
+    assert initial_vae(ModelConfig(init=str(tmp_path / "video")), seed=0).config == inflated.config
+    (tmp_path / "model.json").write_text(json.dumps(MODEL), encoding="utf-8")
+    ours, again, other = (
+        initial_vae(ModelConfig(model_config=str(tmp_path / "model.json")), seed=seed).state_dict()
+        for seed in (1, 1, 2)
+    )
+    assert all(torch.equal(ours[name], again[name]) for name in ours)
+    assert not all(torch.equal(ours[name], other[name]) for name in ours)
+    with pytest.raises(UsageError, match="either --init"):
+        initial_vae(ModelConfig(), seed=0)
 
 
 def test_stages_take_defaults_from_the_whole_and_must_have_settings(config: Path, tmp_path: Path) -> None:

@@ -131,8 +131,7 @@ def test_a_broken_video_is_counted_and_its_neighbours_are_drawn_from(tmp_path: P
     (tmp_path / "in" / "b_empty.mp4").write_bytes(b"")
     with opened(tmp_path / "in", [VIDEO, IMAGE]) as clips:
         drawn(clips, 3)
-        assert clips.num_rejected.total() == 2
-        assert clips.num_rejected["empty_file"] == 1
+        assert clips.num_rejected == {"frames_missing": 3, "empty_file": 1}
 
 
 def test_nothing_usable_is_said_with_the_reasons(tmp_path: Path) -> None:
