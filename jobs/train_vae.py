@@ -54,7 +54,7 @@ PARTS = {
     "work": WorkConfig,
 }
 _POLL_S = 0.2
-_WISH, _SAID, _SUMMARY = "stop", "said.txt", "summary.json"
+_WISH, _SAID, _SUMMARY, _FAILURE = "stop", "said.txt", "summary.json", "failure.json"
 
 
 def read_job(argv: Sequence[str]) -> TrainingJob:
@@ -194,7 +194,7 @@ def _train_on_ray(job: TrainingJob, interrupt: _Interrupt) -> TrainingSummary:
         _fit(trainer, interrupt, exchange)
         return TrainingSummary(**json.loads((exchange / _SUMMARY).read_text(encoding="utf-8")))
     except TrainingFailedError as failed:
-        raise _cause_of(failed) from failed
+        raise _cause_of(failed, exchange) from failed
     finally:
         ray.shutdown()
         shutil.rmtree(exchange, ignore_errors=True)
@@ -263,20 +263,25 @@ def _train_in_worker(config: Mapping[str, Any]) -> None:
         wants_stop=(exchange / _WISH).exists,
         say=say,
     )
-    summary = train(job, worker)
+    failure = exchange / _FAILURE
+    if failure.exists():
+        # Ray replaces whatever fails; what is wrong for good need not be found out again.
+        raise UsageError(f"an earlier worker failed: {failure.read_text(encoding='utf-8')}")
+    try:
+        summary = train(job, worker)
+    except (UsageError, DivergedError, ValueError) as error:
+        with suppress(FileExistsError), failure.open("x", encoding="utf-8") as file:
+            json.dump({"has_diverged": isinstance(error, DivergedError), "message": str(error)}, file)
+        raise
     if is_first:
         (exchange / _SUMMARY).write_text(json.dumps(asdict(summary)), encoding="utf-8")
 
 
-def _cause_of(failed: Exception) -> Exception:
-    """The error of the first worker that failed, as it was raised there."""
-    errors: Mapping[int, Exception] = getattr(failed, "worker_failures", {})
-    for _, error in sorted(errors.items()):
-        cause: Any = error
-        while getattr(cause, "cause", None) is not None:
-            cause = cause.cause
-        if isinstance(cause, (LatentmillError, DivergedError, ValueError)):
-            return cause
+def _cause_of(failed: Exception, exchange: Path) -> Exception:
+    """The error of the first worker that failed for good, if one did."""
+    if (exchange / _FAILURE).exists():
+        failure = json.loads((exchange / _FAILURE).read_text(encoding="utf-8"))
+        return DivergedError(failure["message"]) if failure["has_diverged"] else UsageError(failure["message"])
     return LatentmillError(f"the workers failed: {failed}")
 
 
