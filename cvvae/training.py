@@ -31,6 +31,7 @@ from cvvae.model import CVVAE
 from cvvae.teachers import FrozenTeacher
 
 _MOST_SKIPPED_IN_A_ROW = 20
+_MOMENT = {"AdamW": "exp_avg", "Muon": "momentum_buffer"}
 _T = TypeVar("_T")
 
 
@@ -89,6 +90,13 @@ class Stage:
             "decoder_term_every is above 1 and learned_variance is on: the learned scalar of the term would drift in "
             "the steps without it; set one of them back",
         )
+        _check(
+            self.factor_of("decoder.conv_out.weight") > 0
+            or not self.loss.adaptive_weight
+            or not self.loss.is_adversarial(self.steps - 1),
+            "the decoder's last layer does not learn, but the adaptive weight of the discriminator's term is taken at "
+            "it: set adversarial_weight to 0 or adaptive_weight to false, or let it learn",
+        )
 
     def lr_at(self, step: int) -> float:
         """The learning rate of a step, counted from the beginning of the stage."""
@@ -117,6 +125,10 @@ class TrainerConfig:
     """
 
     seed: int = 0
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """adamw: as the paper. muon: kernels and matrices of the VAE by torch.optim.Muon (K. Jordan, 2024), which makes
+    every direction of an update equally long, scaled so that learning rates of AdamW fit (arXiv 2502.16982); the rest
+    of the VAE, and the discriminator, by AdamW. Not in the paper; a light model without norms learns faster."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Of AdamW; the paper gives none, the published code has (0.9, 0.98)."""
     eps: float = 1e-8
@@ -140,6 +152,11 @@ class TrainerConfig:
         _check(0 <= self.ema_decay < 1, f"ema_decay is {self.ema_decay}: allowed is 0 <= decay < 1")
         _check(self.clip_norm > 0, f"clip_norm is {self.clip_norm}: a positive number is needed")
         _check_choice("precision", self.precision, ("float32", "bfloat16"))
+        _check_choice("optimizer", self.optimizer, ("adamw", "muon"))
+        _check(
+            self.optimizer == "adamw" or hasattr(torch.optim, "Muon"),
+            f"optimizer is muon, which torch {torch.__version__} does not have: torch 2.9 or later is needed",
+        )
         _check_choice("discriminator_turn", self.discriminator_turn, ("every_batch", "every_other_batch"))
 
 
@@ -173,7 +190,7 @@ class Trainer:
         is_distributed: average the gradients over the default process group of torch.distributed.
 
     Raises:
-        TrainingError: there is no stage.
+        TrainingError: there is no stage, or the teacher has another number of latent channels.
         LossError: a stage needs a teacher or a perceptual distance that is not given.
     """
 
@@ -189,6 +206,12 @@ class Trainer:
         is_distributed: bool = False,
     ) -> None:
         _check(bool(stages), "there is no stage to train")
+        if teacher is not None and any(stage.loss.needs_teacher for stage in stages):
+            _check(
+                teacher.latent_channels == vae.latent_channels,
+                f"the video VAE has {vae.latent_channels} latent channels and the teacher {teacher.latent_channels}: "
+                "they must be equal to share a latent space; choose another teacher or another model to start from",
+            )
         self.vae = vae.float().train().requires_grad_(True)
         self.config = config
         self.stages = tuple(stages)
@@ -196,6 +219,7 @@ class Trainer:
         self.num_skipped = 0
         self._stage_index = 0
         self._optimizer: torch.optim.Optimizer
+        self._kernels: _Kernels | None = None
         self._discriminator_optimizer: torch.optim.Optimizer | None = None
         self._rank = rank
         self._is_distributed = is_distributed
@@ -278,7 +302,7 @@ class Trainer:
             "step": self.step,
             "num_skipped": self.num_skipped,
             "vae": self.vae.state_dict(),
-            "optimizer": _optimizer_state(self._optimizer, self._names(self._stage_index)),
+            "optimizer": self._generator_optimizer_state(),
             "loss": self._losses[self._stage_index].state_dict(),
         }
         if self.ema is not self.vae:
@@ -310,7 +334,7 @@ class Trainer:
         before = max(0, min(self.step, self.num_steps) - 1)
         self._begin_stage(self._stage_at(before)[0], carry=False)
         self._losses[self._stage_index].load_state_dict(state["loss"], strict=False)
-        _load_optimizer_state(self._optimizer, self._names(self._stage_index), state["optimizer"])
+        self._load_generator_optimizer_state(state["optimizer"])
         if self._discriminator_optimizer is not None and "discriminator_optimizer" in state:
             assert self.discriminator is not None
             names = {id(p): n for n, p in self.discriminator.named_parameters()}
@@ -331,7 +355,7 @@ class Trainer:
         carried_discriminator: Mapping[str, Mapping[str, Tensor]] = {}
         disc_names = {} if self.discriminator is None else {id(p): n for n, p in self.discriminator.named_parameters()}
         if index and carry:
-            carried = _optimizer_state(self._optimizer, self._names(self._stage_index))
+            carried = self._generator_optimizer_state()
             self._losses[index].load_state_dict(self._losses[self._stage_index].state_dict(), strict=False)
             if self._discriminator_optimizer is not None:
                 carried_discriminator = _optimizer_state(self._discriminator_optimizer, disc_names)
@@ -346,11 +370,15 @@ class Trainer:
                 by_factor.setdefault(factor, []).append(parameter)
         _check(bool(by_factor), f"nothing learns in the stage {stage.name or index}: see freeze and lr_factors")
         self._trained = [p for parameters in by_factor.values() for p in parameters] + list(loss.parameters())
-        groups: list[dict[str, Any]] = [{"params": p, "factor": f} for f, p in sorted(by_factor.items())]
+        self._kernels = _Kernels(by_factor, stage.lr, self.config) if self.config.optimizer == "muon" else None
+        groups: list[dict[str, Any]] = []
+        for factor, learning in sorted(by_factor.items()):
+            own = learning if self._kernels is None else [p for p in learning if p.dim() < 2]
+            groups.append({"params": own, "factor": factor})
         if scalars := list(loss.parameters()):
             groups.append({"params": scalars, "factor": 1.0, "weight_decay": 0.0})
         self._optimizer = self._adamw(groups, stage.lr)
-        _load_optimizer_state(self._optimizer, self._names(index), carried)
+        self._load_generator_optimizer_state(carried)
         # The VAE's steps without the term of the image decoder, see `Stage.decoder_term_every`.
         self._loss_between = loss
         if stage.decoder_term_every > 1:
@@ -377,8 +405,21 @@ class Trainer:
             groups, lr=lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, fused=True
         )
 
+    def _generator_optimizer_state(self) -> dict[str, dict[str, Tensor]]:
+        names = self._names(self._stage_index)
+        state = _optimizer_state(self._optimizer, names)
+        return state if self._kernels is None else state | _optimizer_state(self._kernels.optimizer, names)
+
+    def _load_generator_optimizer_state(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
+        names = self._names(self._stage_index)
+        _load_optimizer_state(self._optimizer, names, state)
+        if self._kernels is not None:
+            _load_optimizer_state(self._kernels.optimizer, names, state)
+
     def _names(self, stage_index: int) -> dict[int, str]:
         names = {id(p): f"vae.{n}" for n, p in self.vae.named_parameters()}
+        if self._kernels is not None:
+            names |= {id(matrix): names[id(kernel)] for kernel, matrix in self._kernels.pairs}
         return names | {id(p): f"loss.{n}" for n, p in self._losses[stage_index].named_parameters()}
 
     def _seed_step(self) -> torch.Generator:
@@ -411,8 +452,11 @@ class Trainer:
             for group in self._optimizer.param_groups:
                 group["lr"] = lr * group["factor"]
             self._optimizer.step()
+            if self._kernels is not None:
+                self._kernels.step(lr)
             self._update_ema()
-        self._optimizer.zero_grad(set_to_none=True)
+        for parameter in self._trained:
+            parameter.grad = None
         return None if reconstruction is None else reconstruction.detach(), not is_finite
 
     def _discriminator_step(self, clips: Tensor, reconstruction: Tensor, losses: dict[str, Tensor]) -> bool:
@@ -454,6 +498,38 @@ class Trainer:
                 "training has diverged; go back to an earlier checkpoint with a lower learning rate, a longer warm-up "
                 "or precision float32"
             )
+
+
+class _Kernels:
+    """Muon for kernels of any number of dimensions: each as a matrix (out, all else), as torch's takes matrices only.
+
+    Attributes:
+        pairs: every kernel with its matrix, which is the same memory.
+        optimizer: of the matrices.
+    """
+
+    def __init__(self, by_factor: Mapping[float, Sequence[nn.Parameter]], lr: float, config: TrainerConfig) -> None:
+        self.pairs: list[tuple[nn.Parameter, nn.Parameter]] = []
+        groups: list[dict[str, Any]] = []
+        for factor, parameters in sorted(by_factor.items()):
+            kernels = [p for p in parameters if p.dim() >= 2]
+            matrices = [nn.Parameter(kernel.detach().flatten(1)) for kernel in kernels]
+            self.pairs += zip(kernels, matrices, strict=True)
+            if matrices:
+                groups.append({"params": matrices, "factor": factor})
+        self.optimizer = torch.optim.Muon(
+            groups, lr=lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"
+        )
+
+    def step(self, lr: float) -> None:
+        """One step with the gradients of the kernels."""
+        for kernel, matrix in self.pairs:
+            matrix.grad = None if kernel.grad is None else kernel.grad.flatten(1)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group["factor"]
+        self.optimizer.step()
+        for _, matrix in self.pairs:
+            matrix.grad = None
 
 
 class _GeneratorPass(nn.Module):
@@ -528,9 +604,12 @@ def _load_optimizer_state(
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             saved = state.get(names[id(parameter)])
-            if saved is not None:
+            # The moments of another optimiser, which the run was trained with before, mean nothing to this one.
+            if saved is not None and _MOMENT[type(optimizer).__name__] in saved:
                 optimizer.state[parameter] = {
-                    key: value.to(parameter.device) if value.dim() else value.clone() for key, value in saved.items()
+                    # Numbers of steps, too: fused kernels of a GPU read them there.
+                    key: value.to(parameter.device, copy=value.dim() == 0)
+                    for key, value in saved.items()
                 }
 
 

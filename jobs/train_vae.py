@@ -1,6 +1,6 @@
 """Trains a video VAE towards the latents of a frozen image VAE: the job that users start.
 
-    python jobs/train_vae.py --config configs/train_paper.yaml --input videos/ --teacher sd21/vae --init sd21/vae \\
+    python jobs/train_vae.py --config jobs/train_paper.yaml --input videos/ --teacher sd21/vae --init sd21/vae \\
         --output run1 --num-workers 8
     python jobs/train_vae.py ... --local                                    one worker in this process, without Ray
 
@@ -156,8 +156,14 @@ def _train_here(job: TrainingJob, interrupt: _Interrupt) -> TrainingSummary:
 
 def _train_on_ray(job: TrainingJob, interrupt: _Interrupt) -> TrainingSummary:
     import ray
-    from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
-    from ray.train.torch import TorchTrainer
+
+    try:
+        from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+        from ray.train.torch import TorchTrainer
+    except ImportError as error:
+        raise UsageError(
+            f"Ray Train could not be imported ({error}): pip install '.[train]', or give --local to train in this process"
+        ) from error
 
     address = job.work.ray_address or os.environ.get("RAY_ADDRESS")
     options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}

@@ -23,11 +23,12 @@ from safetensors.torch import load_file, save_file
 
 import cvvae
 from cvvae.teachers import TinyImageVAE
+from cvvae.training import StepReport
 from jobs.train_vae import PARTS, main, read_job
-from jobs.training_checkpoints import checkpoints_in
-from jobs.training_loop import ModelConfig, initial_vae
+from jobs.training_checkpoints import checkpoints_in, write_folder
+from jobs.training_loop import ModelConfig, _Journal, initial_vae
 from pipeline.config import argument_parser
-from pipeline.errors import UsageError
+from pipeline.errors import StorageError, UsageError
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 JOB = ROOT / "jobs" / "train_vae.py"
@@ -212,6 +213,22 @@ def test_a_training_stops_where_asked_and_does_nothing_when_done(
     assert (undisturbed / "losses.jsonl").read_bytes() == finished
 
 
+def test_the_output_of_another_training_is_noticed(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = ["--config", str(config), "--output", str(tmp_path / "out"), "--local"]
+    assert main([*base, "--stop-at-step", "2"]) == 0
+    assert "note:" not in capsys.readouterr().err
+    assert main([*base, "--stop-at-step", "2", "--seed", "9"]) == 0
+    assert "note: seed is 9, but 4 was what" in capsys.readouterr().err
+    shorter = tmp_path / "shorter.yaml"
+    stages = [{"steps": 1, "loss": MATCHING}]
+    shorter.write_text(yaml.safe_dump({**yaml.safe_load(config.read_text()), "stages": stages}), encoding="utf-8")
+    assert main([*base, "--config", str(shorter)]) == 2
+    assert "holds step 2, and the stages have 1 steps in all" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "final").exists()
+
+
 def test_a_damaged_checkpoint_is_named_with_what_to_do(
     config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -221,6 +238,28 @@ def test_a_damaged_checkpoint_is_named_with_what_to_do(
     damaged.write_bytes(damaged.read_bytes()[:100])
     assert main(base) == 2
     assert f"{damaged.parent} cannot be read" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_written_is_a_storage_error_and_leaves_nothing(tmp_path: Path) -> None:
+    def fail(folder: Path) -> None:
+        save_file({"weight": torch.zeros(2)}, folder / "missing" / "weights.safetensors")
+
+    with pytest.raises(StorageError, match="cannot be written"):
+        write_folder(tmp_path / "final", fail)
+    assert not list(tmp_path.iterdir())
+
+
+def test_all_sums_of_losses_lie_on_the_device_of_the_training(tmp_path: Path) -> None:
+    # Of a device that no machine lacks; a row of sums from two devices could not be made.
+    journal = _Journal(tmp_path, torch.device("meta"), is_writing=False)
+    journal.go_on(4, {"decoder": (1.5, 2)})
+    journal.add(StepReport(step=4, losses={"total": torch.zeros((), device="meta")}, lr=1e-3, is_skipped=False))
+    journal.add(StepReport(step=5, losses={}, lr=1e-3, is_skipped=True))
+    assert {name: total.device.type for name, total in journal._sums.items()} == {
+        "decoder": "meta",
+        "total": "meta",
+        "skipped": "meta",
+    }
 
 
 @pytest.mark.parametrize(
@@ -233,6 +272,7 @@ def test_a_damaged_checkpoint_is_named_with_what_to_do(
         (["--teacher", "{tmp}/nowhere"], "nowhere"),
         (["--init", "small"], "--init"),
         (["--input", "{tmp}/nowhere"], "nowhere"),
+        (["--output", "s3://bucket/run"], "no folder of a disk"),
         (["--colour", "red"], "colour"),
         (["--config", "{tmp}/unknown.yaml"], "colour"),
         (["--config", "{tmp}/stage.yaml"], "patience"),
@@ -272,7 +312,7 @@ def test_the_preset_is_the_papers_four_settings(tmp_path: Path) -> None:
 
 
 def test_every_configuration_that_ships_can_be_read(tmp_path: Path) -> None:
-    shipped = sorted((ROOT / "configs").glob("train_*.yaml"))
+    shipped = sorted((ROOT / "jobs").glob("train_*.yaml"))
     assert shipped
     for path in shipped:
         job = read_job(["--config", str(path), "--input", "videos", "--output", str(tmp_path)])
@@ -283,7 +323,7 @@ def test_every_configuration_that_ships_can_be_read(tmp_path: Path) -> None:
 
 def test_every_flag_that_the_readme_and_the_configurations_name_is_known() -> None:
     known = {flag for action in argument_parser(PARTS)._actions for flag in action.option_strings}
-    documents = [ROOT / "README.md", *sorted((ROOT / "configs").glob("train_*.yaml"))]
+    documents = [ROOT / "README.md", *sorted((ROOT / "jobs").glob("train_*.yaml"))]
     text = "\n".join(path.read_text(encoding="utf-8").replace("\n#", "\n") for path in documents)
     commands = re.findall(r"train_vae\.py((?:\\\n|[^\n`])*)", text)
     used = {flag for command in commands for flag in re.findall(r"--[a-z][a-z0-9-]*", command)}
