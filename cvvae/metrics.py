@@ -78,12 +78,14 @@ def ssim(frames: Tensor, reference: Tensor) -> Tensor:
     num_frames, channels, height, width = frames.shape
     if min(height, width) < SSIM_WINDOW_PX:
         raise ValueError(f"frames of {width}x{height} px are smaller than SSIM's window of {SSIM_WINDOW_PX} px")
-    x, y = frames.float(), reference.float()
+    # GPUs convolve float32 in TF32 unless told otherwise, with too few digits for a difference of squares.
+    dtype = torch.float64 if frames.is_cuda else torch.float32
+    x, y = frames.to(dtype), reference.to(dtype)
     # Variances are small differences of large squares: taken about the middle of the range they keep their digits.
     middle = PIXEL_PEAK / 2
     xc, yc = x - middle, y - middle
     fields = torch.stack([xc, yc, xc * xc, yc * yc, xc * yc]).reshape(5 * num_frames * channels, 1, height, width)
-    window = _gaussian_window(frames.device)
+    window = _gaussian_window(frames.device).to(dtype)
     blurred = F.conv2d(F.conv2d(fields, window.view(1, 1, -1, 1)), window.view(1, 1, 1, -1))
     mean_x, mean_y, square_x, square_y, product = blurred.view(5, num_frames, channels, *blurred.shape[2:])
     variance_x = square_x - mean_x * mean_x
@@ -94,7 +96,7 @@ def ssim(frames: Tensor, reference: Tensor) -> Tensor:
     luminance = (2 * mean_x * mean_y + c1) / (mean_x * mean_x + mean_y * mean_y + c1)
     structure = (2 * covariance + c2) / (variance_x + variance_y + c2)
     similarity: Tensor = luminance * structure
-    return similarity.mean(dim=(1, 2, 3))
+    return similarity.mean(dim=(1, 2, 3)).float()
 
 
 def frame_differences(clip: Tensor) -> Tensor:

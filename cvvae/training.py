@@ -97,13 +97,6 @@ class Stage:
             "the decoder's last layer does not learn, but the adaptive weight of the discriminator's term is taken at "
             "it: set adversarial_weight to 0 or adaptive_weight to false, or let it learn",
         )
-        _check(
-            self.factor_of("decoder.conv_out.weight") > 0
-            or not self.loss.adaptive_weight
-            or not self.loss.is_adversarial(self.steps - 1),
-            "the decoder's last layer does not learn, but the adaptive weight of the discriminator's term is taken at "
-            "it: set adversarial_weight to 0 or adaptive_weight to false, or let it learn",
-        )
 
     def lr_at(self, step: int) -> float:
         """The learning rate of a step, counted from the beginning of the stage."""

@@ -128,7 +128,8 @@ def write_folder(place: Path, write: Callable[[Path], None]) -> None:
             shutil.rmtree(replaced)
         unfinished.rename(place)
         _sync(place.parent)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
+        # A full disk is the latter where safetensors notices it.
         raise StorageError(f"{place} cannot be written: {error}; make room or choose another --output") from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)

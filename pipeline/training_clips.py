@@ -313,7 +313,8 @@ class TrainingClips:
     @property
     def num_rejected(self) -> Counter[str]:
         """Rejected videos and clips by reason, so far."""
-        return sum((entry.num_rejected for entry in self._inputs), Counter())
+        # Copies, because the threads that decode go on counting.
+        return sum((Counter(dict(entry.num_rejected)) for entry in self._inputs), Counter())
 
     @property
     def num_cached(self) -> int:

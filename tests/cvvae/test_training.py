@@ -318,8 +318,6 @@ def test_a_stage_comes_from_yaml_with_numbers_as_texts() -> None:
         ({"steps": 1, "lr_factors": [1]}, "mapping"),
         ({"steps": 2, "freeze": "decoder"}, "adaptive_weight"),
         ({"steps": 2, "lr_factors": {"decoder.conv_out": 0}}, "adaptive_weight"),
-        ({"steps": 2, "freeze": "decoder"}, "adaptive_weight"),
-        ({"steps": 2, "lr_factors": {"decoder.conv_out": 0}}, "adaptive_weight"),
         ([1], "mapping"),
     ],
 )
