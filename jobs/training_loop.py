@@ -268,7 +268,7 @@ def train(job: TrainingJob, worker: Worker) -> TrainingSummary:
         rank=worker.rank,
         is_distributed=worker.world_size > 1,
     )
-    journal = _Journal(output, is_writing=worker.rank == 0)
+    journal = _Journal(output, worker.device, is_writing=worker.rank == 0)
     cursor = None
     if checkpoint is not None:
         more = checkpoint.restore(trainer)
@@ -424,9 +424,11 @@ class _Loop:
 class _Journal:
     """`losses.jsonl`: the means of the losses since the row before, over all workers."""
 
-    def __init__(self, output: Path, is_writing: bool) -> None:
+    def __init__(self, output: Path, device: torch.device, is_writing: bool) -> None:
         self.last: Mapping[str, float] = {}
         self._path = output / "losses.jsonl"
+        # All sums are there: a row stacks them, and NCCL adds up nothing else.
+        self._device = device
         self._is_writing = is_writing
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
@@ -440,7 +442,9 @@ class _Journal:
 
     def go_on(self, step: int, state: Mapping[str, Any]) -> None:
         """Cuts off the rows behind a checkpoint and takes up the sums that it saved."""
-        self._sums = {name: torch.tensor(total, dtype=torch.float64) for name, (total, _) in state.items()}
+        self._sums = {
+            name: torch.tensor(total, dtype=torch.float64, device=self._device) for name, (total, _) in state.items()
+        }
         self._counts = {name: int(count) for name, (_, count) in state.items()}
         if not self._is_writing:
             return
@@ -461,11 +465,12 @@ class _Journal:
         if report.is_skipped:
             losses = {"skipped": torch.ones(())}
         for name, value in losses.items():
+            total = value.double().to(self._device)
             if name in self._sums:
-                self._sums[name] = self._sums[name].to(value.device) + value.double()
+                self._sums[name] = self._sums[name] + total
                 self._counts[name] += 1
             else:
-                self._sums[name], self._counts[name] = value.double(), 1
+                self._sums[name], self._counts[name] = total, 1
 
     def write_row(self, step: int, stage: str, lr: float) -> None:
         """Writes the means and forgets them. All workers must call it: they have computed the same terms."""
