@@ -379,8 +379,7 @@ def _load_diffusers(source: str, subfolder: str | None, config_path: Path) -> Te
         import diffusers
     except ImportError as error:
         raise TeacherError(
-            f"{source} is a diffusers folder, and diffusers could not be imported ({error}): pip install "
-            f"'latentmill[train]'"
+            f"{source} is a diffusers folder, and diffusers could not be imported ({error}): pip install diffusers"
         ) from error
     adapters: dict[str, Callable[[Any], Teacher]] = {"AutoencoderKL": KLTeacher, "AutoencoderTiny": TinyTeacher}
     class_name = str(_read_config(config_path).get("_class_name"))

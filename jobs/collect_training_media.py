@@ -176,8 +176,13 @@ def collect(
     Raises:
         UsageError: a folder holds files that are not of an earlier run, or the table asks for what an archive lacks.
     """
-    if output.resolve() == held_out.resolve():
+    places = output.resolve(), held_out.resolve()
+    if places[0] == places[1]:
         raise UsageError(f"--output and --held-out are the same folder, {output}: what is judged on must lie apart")
+    if places[0] in places[1].parents or places[1] in places[0].parents:
+        raise UsageError(f"of --output {output} and --held-out {held_out} one lies in the other: they must lie apart")
+    if num_moving_stills < 0:
+        raise UsageError(f"--moving-stills: {num_moving_stills} is negative; 0 makes none")
     downloads.mkdir(parents=True, exist_ok=True)
     collected = _Collected()
     with _Replaced(output) as train_folder, _Replaced(held_out) as held_out_folder:

@@ -66,7 +66,7 @@ from cvvae.losses import load_perceptual
 from cvvae.teachers import FrozenTeacher, load_teacher
 from jobs.evaluation_report import PicturedClip, markdown, page
 from pipeline.codec import CPU_ENVIRONMENT, load_model
-from pipeline.config import DecodeLimits, EncodingConfig, SourceConfig, parse_buckets, parse_fps
+from pipeline.config import DecodeLimits, EncodingConfig, SourceConfig, local_folder, parse_buckets, parse_fps
 from pipeline.decode import DecodePool
 from pipeline.errors import LatentmillError, StorageError, UsageError
 from pipeline.plan import plan_shards
@@ -413,7 +413,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--teacher-subfolder", help="folder inside the teacher's folder or hub repository")
     add("--input", required=True, help="videos: folder, glob, table or tars, as for the encode job")
     add("--uri-column", default="url", help="column of a table that holds the video URIs (default: url)")
-    add("--output", required=True, type=Path, help="local folder for evaluation.json, .md and .html")
+    add("--output", required=True, type=_folder, help="local folder for evaluation.json, .md and .html")
     add("--buckets", type=parse_buckets, default="256x256x17", help="WIDTHxHEIGHTxFRAMES;... (default: 256x256x17)")
     add("--fps", type=parse_fps, default="8", help="frames per second of the clips, or native (default: 8)")
     add("--clips-per-video", type=_whole(1), help="at most this many clips of a video (default: all that fit)")
@@ -448,6 +448,13 @@ def _parser() -> argparse.ArgumentParser:
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> Any:
         raise UsageError(f"{message}; see --help")
+
+
+def _folder(text: str) -> Path:
+    folder = Path(local_folder("output")(text))
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"--output: {folder} is a file: a folder is needed")
+    return folder
 
 
 def _whole(lowest: int) -> Callable[[str], int]:

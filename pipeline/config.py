@@ -126,6 +126,15 @@ def yes_no(name: str) -> Callable[[str], bool]:
     return parse
 
 
+def local_folder(name: str) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if "://" in text:
+            raise UsageError(f"--{name}: {text} is no folder of a disk, which this job needs; copy it there afterwards")
+        return text
+
+    return parse
+
+
 def _reasons(text: str) -> tuple[str, ...]:
     names = tuple(part.strip() for part in text.split(",") if part.strip())
     unknown = [name for name in names if name not in REASONS]

@@ -251,6 +251,23 @@ def test_a_table_that_cannot_be_is_refused_and_nothing_is_written(
     assert not registry.train.exists()
 
 
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--held-out", "{train}"], "the same folder"),
+        (["--held-out", "{train}/judged"], "one lies in the other"),
+        (["--moving-stills", "-1"], "-1 is negative"),
+    ],
+)
+def test_folders_and_numbers_that_cannot_be_are_refused_before_anything_is_fetched(
+    registry: _Registry, capsys: pytest.CaptureFixture[str], flags: list[str], said: str
+) -> None:
+    result = registry.collect(capsys, *(flag.format(train=registry.train) for flag in flags))
+    assert result["exit_code"] == 2
+    assert said in result["message"]
+    assert not registry.train.exists()
+
+
 def test_the_shipped_table_pins_every_archive_and_takes_nothing_copyleft() -> None:
     packages = read_table(SOURCES)
     assert len({one.sha256 for one in packages}) == len(packages) > 10

@@ -269,6 +269,8 @@ def test_without_a_teacher_the_reconstruction_is_measured_and_the_limit_is_kept(
         (["--fps", "fast"], "'fast'"),
         (["--limit", "0"], "--limit"),
         (["--seam-tile-px", "20"], "20 is not a multiple of 8"),
+        (["--output", "s3://bucket/evaluation"], "no folder of a disk"),
+        (["--output", "{models}/image16/config.json"], "is a file"),
         (["--colour", "red"], "--colour"),
     ],
 )
