@@ -162,7 +162,8 @@ def _train_on_ray(job: TrainingJob, interrupt: _Interrupt) -> TrainingSummary:
         from ray.train.torch import TorchTrainer
     except ImportError as error:
         raise UsageError(
-            f"Ray Train could not be imported ({error}): pip install '.[train]', or give --local to train in this process"
+            f"Ray Train could not be imported ({error}): pip install '.[train]', or give --local to train in this "
+            "process"
         ) from error
 
     address = job.work.ray_address or os.environ.get("RAY_ADDRESS")

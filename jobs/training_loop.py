@@ -37,7 +37,7 @@ from jobs.training_checkpoints import (
     write_checkpoint,
     write_folder,
 )
-from pipeline.config import DecodeLimits, auto_or, choice, number, option, whole, yes_no
+from pipeline.config import DecodeLimits, auto_or, choice, local_folder, number, option, whole, yes_no
 from pipeline.errors import UsageError
 from pipeline.pictures import Frames, Row, grid, spread
 from pipeline.training_clips import ClipsConfig, ClipSetting, TrainingBatch, TrainingClips
@@ -85,7 +85,8 @@ class ModelConfig:
     teacher: str | None = option("folder, file or hub id of the frozen image VAE", str, None)
     teacher_subfolder: str | None = option("folder inside the teacher's folder or hub repository", str, None)
     init: str | None = option(
-        "where to start: a CV-VAE (name, folder or hub id), or an image VAE (folder or hub id), which is inflated",
+        "where to start: a CV-VAE (name, folder or hub id), or a diffusers AutoencoderKL (folder or hub id), which is "
+        "inflated",
         str,
         None,
     )
@@ -122,7 +123,9 @@ class OptimisationConfig:
 class WorkConfig:
     """How training is carried out and what it leaves behind."""
 
-    output: str = option("folder of checkpoints, losses, pictures and the final model; shared by all nodes", str)
+    output: str = option(
+        "local folder of checkpoints, losses, pictures and the final model; shared by all nodes", local_folder("output")
+    )
     resume: str = option("auto: go on from the last checkpoint; never", choice("resume", ("auto", "never")), "auto")
     stop_at_step: int | None = option(
         "stop with a checkpoint after this many steps in all; auto: at the end of the stages",
@@ -276,8 +279,20 @@ def train(job: TrainingJob, worker: Worker) -> TrainingSummary:
         own = of_workers[worker.rank % len(of_workers)]
         journal.go_on(trainer.step, own["losses"])
         cursor = own["cursor"]
+        if trainer.step > trainer.num_steps:
+            raise UsageError(
+                f"--output: {output} holds step {trainer.step}, and the stages have {trainer.num_steps} steps in all: "
+                "give more steps, or another output"
+            )
         if more["stages"] != _described(stages):
             worker.say(f"note: the stages are not those that {checkpoint.folder} was trained with")
+        origin, before = _origin(job), more.get("origin", {})
+        for name in sorted(origin.keys() & before.keys()):
+            if origin[name] != before[name]:
+                worker.say(
+                    f"note: {name} is {origin[name]!r}, but {before[name]!r} was what {checkpoint.folder} was trained "
+                    "with: is this the output of another training?"
+                )
         worker.say(f"going on from {checkpoint.folder}")
     else:
         journal.begin()
@@ -309,6 +324,7 @@ class _Loop:
         checkpoint: Checkpoint | None,
         teacher: FrozenTeacher | None,
     ) -> None:
+        self._job = job
         self._work = job.work
         self._output = Path(job.work.output)
         self._worker = worker
@@ -394,7 +410,11 @@ class _Loop:
             of_workers = [None] * self._worker.world_size
             dist.all_gather_object(of_workers, own)
         if self._is_first:
-            more = {"workers": of_workers, "stages": _described(self._trainer.stages)}
+            more = {
+                "workers": of_workers,
+                "stages": _described(self._trainer.stages),
+                "origin": _origin(self._job),
+            }
             write_checkpoint(self._output, self._trainer, more)
             remove_old(self._output, self._work.keep_last, self._work.keep_every)
         self._saved_step = self._trainer.step
@@ -504,6 +524,11 @@ def _step_of(line: str) -> float:
 def _described(stages: Sequence[Stage]) -> list[dict[str, Any]]:
     described: list[dict[str, Any]] = json.loads(json.dumps([asdict(stage) for stage in stages]))
     return described
+
+
+def _origin(job: TrainingJob) -> dict[str, Any]:
+    """What a training is about, besides its stages: another value means another training."""
+    return {**asdict(job.model), "input": job.clips.input, "seed": job.optimisation.seed}
 
 
 def _size(vae: CVVAE) -> str:
