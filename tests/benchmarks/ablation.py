@@ -109,7 +109,8 @@ def run(arm: str, seed: int, arguments: argparse.Namespace) -> None:
     torch.manual_seed(seed)
     vae = CVVAE(config)
     stage = Stage(steps=arguments.steps, lr=arguments.lr, warmup_steps=arguments.steps // 20, loss=ARMS[arm])
-    trainer = Trainer(vae, [stage], TrainerConfig(seed=seed, ema_decay=0), teacher=teacher)
+    trainer_config = TrainerConfig(seed=seed, ema_decay=0, optimizer=arguments.optimizer)
+    trainer = Trainer(vae, [stage], trainer_config, teacher=teacher)
     setting = ClipSetting(
         kind="video",
         width_px=arguments.size_px,
@@ -350,6 +351,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seeds", type=seeds, default=[0, 1])
     parser.add_argument("--steps", type=positive, default=400, help="of every arm")
     parser.add_argument("--lr", type=rate, default=1e-3)
+    parser.add_argument("--optimizer", choices=["muon", "adamw"], default="muon", help="muon learns more in few steps")
     parser.add_argument("--batch", type=positive, default=4, help="clips of a batch")
     parser.add_argument("--size-px", type=positive, default=64, help="side of training crops, a multiple of 8")
     parser.add_argument("--frames", type=positive, default=9, help="frames of training crops, 1 + 4 k")
