@@ -39,7 +39,7 @@ _NO_VARIANCE = -30.0
 _RESIDUAL_GAIN = 0.3
 """Of the last convolution of a residual block at the start, as no norm keeps the sum of many blocks in bounds."""
 _LATENT_BOUND = 3.0
-"""Latents are bent smoothly into +-3, as in TAESD: three deviations of what its image encoders give."""
+"""Scaled latents are bent smoothly into +-3, as in TAESD: three deviations of what image encoders give."""
 _CONTEXT_GROUPS = 4
 
 
@@ -106,6 +106,7 @@ class LightDecoder(nn.Module):
         super().__init__()
         frame, quarter, eighth = config.light.decoder_widths
         num_frame, num_quarter, num_eighth = config.light.decoder_blocks
+        self.scaling_factor, self.shift_factor = config.scaling_factor, config.shift_factor
         self.conv_in = _PastConv(config.latent_channels, eighth)
         self.at_eighth = _blocks(eighth, num_eighth, has_context=True, sees_past=True)
         self.to_quarter = FrameConv(eighth, quarter)
@@ -117,6 +118,7 @@ class LightDecoder(nn.Module):
     def forward(self, z: Tensor, cache: Cache | None = None) -> Tensor:
         is_start = cache is None or cache.past(self.conv_in) is None
         # Far from what latents can be, a network without norms would answer with ever larger values.
+        z = (z - self.shift_factor) * self.scaling_factor
         x = self.conv_in(torch.tanh(z / _LATENT_BOUND) * _LATENT_BOUND, cache)
         x = self.at_eighth(x, cache)
         x = unfold_frames(F.interpolate(fold_frames(x), scale_factor=2.0, mode="nearest"), x.shape[2])

@@ -108,11 +108,20 @@ class Stage:
         cosine = 0.5 * (1 + math.cos(math.pi * share))
         return self.lr * (self.final_lr_factor + (1 - self.final_lr_factor) * cosine)
 
+    def check_patterns(self, names: Sequence[str]) -> None:
+        """Raises TrainingError where a pattern of `lr_factors` fits no parameter of the VAE."""
+        for pattern in self.lr_factors:
+            _check(
+                any(_fits(name, pattern) for name in names),
+                f"lr_factors of the stage {self.name} names {pattern!r}, which no parameter of the model is called: "
+                f"encoder, decoder, or a pattern of names such as {names[0]}",
+            )
+
     def factor_of(self, name: str) -> float:
         """The factor of the learning rate of a parameter of the VAE; 0 for one that does not learn."""
         if name.startswith(f"{self.freeze}."):
             return 0.0
-        fitting = [f for p, f in self.lr_factors.items() if fnmatchcase(name, p) or name.startswith(f"{p}.")]
+        fitting = [f for p, f in self.lr_factors.items() if _fits(name, p)]
         return fitting[-1] if fitting else 1.0
 
 
@@ -139,7 +148,8 @@ class TrainerConfig:
     ema_decay: float = 0.999
     """Of the moving average of the weights; 0: none, as published. In the first steps it is (1 + n) / (10 + n)."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """bfloat16: autocast; weights, losses and optimisers stay float32. The paper trains in float32."""
+    """bfloat16: autocast; weights, losses and optimisers stay float32. The paper trains in float32. On a GPU torch
+    convolves float32 in TF32 unless torch.backends.cudnn.allow_tf32 is off."""
     gradient_checkpointing: bool = False
     """Compute activations twice instead of keeping them."""
     discriminator_turn: Literal["every_batch", "every_other_batch"] = "every_batch"
@@ -212,6 +222,8 @@ class Trainer:
                 f"the video VAE has {vae.latent_channels} latent channels and the teacher {teacher.latent_channels}: "
                 "they must be equal to share a latent space; choose another teacher or another model to start from",
             )
+        for stage in stages:
+            stage.check_patterns([name for name, _ in vae.named_parameters()])
         self.vae = vae.float().train().requires_grad_(True)
         self.config = config
         self.stages = tuple(stages)
@@ -667,6 +679,10 @@ def _converted(hint: Any, value: object, what: str) -> Any:
     except (ValueError, TypeError) as error:
         kind = "a whole number" if hint is int else "a number"
         raise TrainingError(f"{what} is {value!r}: {kind} is needed") from error
+
+
+def _fits(name: str, pattern: str) -> bool:
+    return fnmatchcase(name, pattern) or name.startswith(f"{pattern}.")
 
 
 def _check(is_right: bool, message: str) -> None:

@@ -34,6 +34,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import signal
@@ -385,9 +386,12 @@ def _nonfinite(clip: Clip, message: str) -> ClipFailure:
 
 
 def _rounded(value: Any) -> Any:
-    """Six digits of every float: more would be noise, and table, page and JSON then show the same number."""
+    """Six digits of every float: more would be noise, and table, page and JSON then show the same number.
+
+    What is not finite, such as a difference relative to latents that are all equal, is None: JSON has no name for it.
+    """
     if isinstance(value, float):
-        return float(f"{value:.6g}")
+        return float(f"{value:.6g}") if math.isfinite(value) else None
     if isinstance(value, dict):
         return {key: _rounded(entry) for key, entry in value.items()}
     return [_rounded(entry) for entry in value] if isinstance(value, (list, tuple)) else value

@@ -276,7 +276,10 @@ def _train_in_worker(config: Mapping[str, Any]) -> None:
         raise UsageError(f"an earlier worker failed: {failure.read_text(encoding='utf-8')}")
     try:
         summary = train(job, worker)
-    except (UsageError, DivergedError, ValueError) as error:
+    except (LatentmillError, DivergedError, ValueError) as error:
+        if type(error) is ValueError or isinstance(error, StorageUnavailableError):
+            # A mistake of ours, whose traceback Ray shows, or something that may pass.
+            raise
         with suppress(FileExistsError), failure.open("x", encoding="utf-8") as file:
             json.dump({"has_diverged": isinstance(error, DivergedError), "message": str(error)}, file)
         raise

@@ -190,7 +190,10 @@ class TrainingJob:
             fields["loss"] = {**(config.loss or {}), **(fields.get("loss") or {})}
             stage = from_mapping(Stage, fields, f"stage {fields['name']}")
             stages.append(stage)
-            feeds.append((stage.steps, [ClipSetting.from_yaml(setting) for setting in settings]))
+            feed = [ClipSetting.from_yaml(setting) for setting in settings]
+            if not any(setting.share for setting in feed):
+                raise UsageError(f"stage {fields['name']}: the share of every setting is 0, so that none can be drawn")
+            feeds.append((stage.steps, feed))
         return stages, feeds
 
     def trainer_config(self) -> TrainerConfig:
@@ -260,7 +263,7 @@ def train(job: TrainingJob, worker: Worker) -> TrainingSummary:
     if any(stage.loss.needs_teacher for stage in stages):
         teacher = _teacher(job.model).to(worker.device)
     perceptual = _perceptual(job.model, stages, worker.device)
-    vae = checkpoint.load_vae() if checkpoint is not None else initial_vae(job.model, job.optimisation.seed)
+    vae = checkpoint.load_vae() if checkpoint is not None else initial_vae(job.model, job.optimisation.seed, teacher)
     vae.config = replace(vae.config, untrained=False)
     trainer = Trainer(
         vae.to(worker.device),
@@ -548,8 +551,8 @@ def _perceptual(config: ModelConfig, stages: Sequence[Stage], device: torch.devi
     return perceptual.to(device) if isinstance(perceptual, torch.nn.Module) else perceptual
 
 
-def initial_vae(config: ModelConfig, seed: int) -> CVVAE:
-    """The model before the first step.
+def initial_vae(config: ModelConfig, seed: int, teacher: FrozenTeacher | None = None) -> CVVAE:
+    """The model before the first step; one that starts at random has the teacher's scale unless it says another.
 
     Raises:
         UsageError: neither or both of --init and --model-config, or the latter's file cannot be read.
@@ -562,6 +565,8 @@ def initial_vae(config: ModelConfig, seed: int) -> CVVAE:
             published = json.loads(Path(config.model_config).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise UsageError(f"--model-config: {config.model_config} cannot be read as JSON: {error}") from error
+        if teacher is not None and isinstance(published, dict):
+            published = {"scaling_factor": teacher.scaling_factor, "shift_factor": teacher.shift_factor, **published}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return CVVAE(CVVAEConfig.from_published(published))

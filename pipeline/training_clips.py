@@ -265,11 +265,12 @@ class TrainingClips:
         self._seed = seed
         self._rank = rank
         self._step = 0
-        self._folder = tempfile.mkdtemp(prefix="latentmill-plans-")
         self._inputs: list[_Input] = []
         self._pool: DecodePool | None = None
         self._ahead: _Ahead | None = None
         uris = [uri.strip() for uri in config.input.split(",") if uri.strip()]
+        if not uris:
+            raise UsageError(f"--input: {config.input!r} names nothing to read")
         weights = config.input_weights or (1.0,) * len(uris)
         if len(weights) != len(uris):
             raise UsageError(f"--input-weights: {len(weights)} numbers for {len(uris)} inputs; give one for each")
@@ -286,6 +287,7 @@ class TrainingClips:
         if cursor is not None:
             self._step = _checked(cursor, uris, rank, world_size)
             states = cursor["inputs"]
+        self._folder = tempfile.mkdtemp(prefix="latentmill-plans-")
         try:
             self._pool = DecodePool(encoding, limits, limits.decode_processes or 1)
             budget_bytes = int(config.cache_gb * 1e9 / 2 / len(uris))

@@ -173,6 +173,11 @@ def test_factors_of_the_rate_apply_by_pattern_and_the_last_one_counts() -> None:
     assert torch.equal(before["decoder.conv_in.weight"], after["decoder.conv_in.weight"])
 
 
+def test_a_factor_for_parameters_that_do_not_exist_is_refused() -> None:
+    with pytest.raises(TrainingError, match=r"lr_factors.*encodr"):
+        trainer([Stage(steps=1, lr_factors={"encodr": 0.1}, loss=PLAIN)])
+
+
 def test_the_rate_warms_up_falls_as_a_cosine_and_stays_at_its_end() -> None:
     stage = Stage(steps=110, lr=1.0, warmup_steps=10, final_lr_factor=0.1)
     assert [stage.lr_at(step) for step in (0, 4, 9)] == [0.1, 0.5, 1.0]

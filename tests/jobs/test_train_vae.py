@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import cvvae
-from cvvae.teachers import TinyImageVAE
+from cvvae.teachers import FrozenTeacher, TinyImageVAE
 from cvvae.training import StepReport
 from jobs.train_vae import PARTS, main, read_job
 from jobs.training_checkpoints import checkpoints_in, write_folder
-from jobs.training_loop import ModelConfig, _Journal, initial_vae
+from jobs.training_loop import ModelConfig, OptimisationConfig, _Journal, initial_vae
 from pipeline.config import argument_parser
 from pipeline.errors import StorageError, UsageError
 
@@ -354,6 +355,26 @@ def test_training_starts_from_an_image_vae_a_video_vae_or_a_configuration(tmp_pa
     assert not all(torch.equal(ours[name], other[name]) for name in ours)
     with pytest.raises(UsageError, match="either --init"):
         initial_vae(ModelConfig(), seed=0)
+
+
+def test_a_model_that_starts_at_random_has_the_scale_of_its_teacher_unless_it_says_another(tmp_path: Path) -> None:
+    image_vae = TinyImageVAE(4, width=8)
+    image_vae.scaling_factor, image_vae.shift_factor = 0.25, 0.5
+    teacher = FrozenTeacher(image_vae)
+    path = tmp_path / "model.json"
+    for said, wanted in (({}, (0.25, 0.5)), ({"scaling_factor": 2.0}, (2.0, 0.5))):
+        fields = {"_class_name": "CVVAELightModel", "latent_channels": 4, "encoder_widths": [8, 8, 8], **said}
+        path.write_text(json.dumps(fields), encoding="utf-8")
+        vae = initial_vae(ModelConfig(model_config=str(path)), 0, teacher)
+        assert (vae.scaling_factor, vae.shift_factor) == wanted
+
+
+def test_settings_of_which_none_can_be_drawn_are_refused() -> None:
+    stage = {"steps": 1, "settings": [{"kind": "image", "size": 64, "share": 0}]}
+    given = OptimisationConfig(stages=[stage], settings=None, loss={}, trainer={})
+    job = read_job(["--preset", "paper", "--input", "videos", "--output", "run"])
+    with pytest.raises(UsageError, match="share of every setting is 0"):
+        replace(job, optimisation=given).stages()
 
 
 def test_stages_take_defaults_from_the_whole_and_must_have_settings(config: Path, tmp_path: Path) -> None:
