@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import pickle
 from collections.abc import Callable
 from pathlib import Path
 
 import huggingface_hub.constants
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import cvvae
 from cvvae.checkpoint import published_state_dict
 
 MakeModel = Callable[..., cvvae.CVVAE]
+CLIPS = Path(__file__).parents[1] / "data" / "clips"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 # Number of keys, and SHA-256 over the sorted lines "key [shape]", of the released checkpoints.
@@ -134,12 +138,30 @@ def test_a_broken_configuration_is_named_with_its_file(folder: Path) -> None:
         cvvae.load(folder)
 
 
-def test_the_model_that_ships_is_the_same_every_time_and_says_that_it_is_untrained() -> None:
-    first, second = cvvae.load("small"), cvvae.load("small")
+def test_the_model_that_ships_is_trained_and_light() -> None:
+    vae = cvvae.load("small")
+    assert (vae.is_trained, vae.is_causal, vae.latent_channels) == (True, True, 32)
+    shipped = Path(cvvae.__file__).parent / "weights"
+    assert sum(path.stat().st_size for path in shipped.rglob("*") if path.is_file()) <= 5_500_000
+
+
+def test_the_model_that_ships_reconstructs_a_real_picture() -> None:
+    with Image.open(CLIPS / "city_still.jpg") as picture:
+        pixels = np.asarray(picture.convert("RGB").resize((256, 144), Image.Resampling.LANCZOS), dtype=np.float32)
+    image = torch.from_numpy(pixels).permute(2, 0, 1)[None] / 127.5 - 1
+    vae = cvvae.load("small")
+    error = (vae.decode(vae.encode(image).latent_dist.mode()).sample.clamp(-1, 1) - image).square().mean()
+    assert 10 * math.log10(4 / float(error)) > 22
+
+
+def test_weights_made_from_a_seed_are_the_same_every_time_and_say_what_they_are(tmp_path: Path) -> None:
+    fields = {"_class_name": "CVVAELightModel", "encoder_widths": [8, 8, 8], "decoder_widths": [8, 8, 8]}
+    (tmp_path / "config.json").write_text(json.dumps({**fields, "untrained": True}), encoding="utf-8")
+    first, second = cvvae.load(tmp_path), cvvae.load(tmp_path)
     assert first.weights_sha256 == second.weights_sha256
     assert not first.is_trained
     z = first.encode(torch.zeros(1, 3, 5, 32, 32)).latent_dist.mean
-    assert z.shape == (1, 4, 2, 4, 4)
+    assert z.shape == (1, 32, 2, 4, 4)
     assert z.isfinite().all()
 
 

@@ -89,7 +89,7 @@ def test_a_training_loop_reads_every_record_with_its_caption(undisturbed: tuple[
     captions = {path.with_suffix(".txt").read_text(encoding="utf-8").strip() for path in MEDIA}
     read = {}
     for batch in LatentDataset(str(output), batch_size=4):
-        assert batch["latents"].shape[1:] in {(4, 5, 8, 8), (4, 1, 8, 8)}
+        assert batch["latents"].shape[1:] in {(32, 5, 8, 8), (32, 1, 8, 8)}
         read.update(dict(zip(batch["key"], batch["caption"], strict=True)))
     assert len(read) == len(MEDIA)
     assert {caption.strip() for caption in read.values()} == captions

@@ -61,7 +61,7 @@ def test_a_record_is_the_posterior_mean_unscaled_with_all_that_was_said_of_the_c
         frames = torch.from_numpy(clip.frames)[None].permute(0, 4, 1, 2, 3).float() / 127.5 - 1
         expected = vae.encode(frames).latent_dist.mean[0].numpy()
     np.testing.assert_allclose(record.mean, expected, atol=1e-5)
-    assert (record.mean.shape, record.mean.dtype) == ((4, 3, 4, 5), np.float32)
+    assert (record.mean.shape, record.mean.dtype) == ((32, 3, 4, 5), np.float32)
     assert (record.key, record.clip_index, record.caption, record.fields) == ("key3", 3, "caption 3", {"seed": 3})
     assert record.logvar is None
 
@@ -69,7 +69,7 @@ def test_a_record_is_the_posterior_mean_unscaled_with_all_that_was_said_of_the_c
 def test_moments_carry_the_log_variance_beside_the_mean() -> None:
     (record,) = _records(ClipEncoder(_encoding("--store", "moments"), CPU), [_clip(0)])
     assert record.logvar is not None
-    assert record.mean.shape == record.logvar.shape == (4, 3, 4, 5)
+    assert record.mean.shape == record.logvar.shape == (32, 3, 4, 5)
     assert record.mean.dtype == record.logvar.dtype == np.float16
     assert not np.array_equal(record.mean, record.logvar)
 
