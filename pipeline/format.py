@@ -106,17 +106,17 @@ _FACTS_NAME = "latentmill"
 _OUR_NAMES = frozenset(column.name for column in (*COLUMNS, EXTRA)) | {_FACTS_NAME}
 _LATENT_DTYPES: Mapping[str, np.dtype[Any]] = {"float16": np.dtype("<f2"), "float32": np.dtype("<f4")}
 
-# Chosen by tests/benchmarks/bench_layout.py (2026-11-22; real clips through "small", not yet trained: 64 MiB of float16
-# latents; one thread of a shared x86-64 machine, pyarrow 26.0; size against raw, MiB/s, and the milliseconds that one
+# Chosen by tests/benchmarks/bench_layout.py (2026-11-23; real clips through the trained "small": 64 MiB of float16
+# latents; one thread of an x86-64 machine, pyarrow 26.0; size against raw, MiB/s, and the milliseconds that one
 # random row costs; speeds differ up to twofold from run to run):
 #   row group  codec   encoding  size   write  read  row ms
-#      1 MiB   zstd 1  plain     0.922    603  1159     1.0
-#     16 MiB   zstd 1  plain     0.922    488  1061    13.4   <- chosen
-#     64 MiB   zstd 1  plain     0.922    521  1195    53.7
-#     16 MiB   none    plain     1.000    891  7670     2.4
-#     16 MiB   zstd 3  plain     0.916    399   992    16.6
-#     16 MiB   zstd 9  plain     0.922    395  1249    13.2
-#     16 MiB   zstd 1  split     0.813    218   749    25.3
+#      1 MiB   zstd 1  plain     0.922    697  1241     0.9
+#     16 MiB   zstd 1  plain     0.922    549  1363    11.9   <- chosen
+#     64 MiB   zstd 1  plain     0.922    512  1388    45.5
+#     16 MiB   none    plain     1.000   1178  9198     1.8
+#     16 MiB   zstd 3  plain     0.916    467  1242    13.2
+#     16 MiB   zstd 9  plain     0.922    490  1430    11.3
+#     16 MiB   zstd 1  split     0.843    273   837    47.1
 # Mantissas hardly compress, so a level above 1 buys next to nothing. Small row groups do not cost size; tens of MB
 # keep the requests to a remote store few. Byte-stream-split saves a tenth more, but Parquet has it for numbers only:
 # the latent would be a list of half floats instead of bytes that every reader can look at without conversion.
