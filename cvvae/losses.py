@@ -317,6 +317,7 @@ class VAELoss(nn.Module):
         rng: torch.Generator,
         discriminator: nn.Module | None = None,
         last_layer: Tensor | None = None,
+        has_decoder_term: bool = True,
     ) -> LossOutput:
         """Runs the video VAE on clips and computes all that it is to minimise.
 
@@ -330,6 +331,7 @@ class VAELoss(nn.Module):
             rng: draws posterior, frames and latents, in this order; of any device.
             discriminator: answers (B, 3, T, H, W) with any shape; needed from `adversarial_start_step` on.
             last_layer: the parameter at which the adaptive weight is taken; None: that of `vae.decoder.conv_out`.
+            has_decoder_term: False leaves the term of lambda_decoder out of this call, and its cost.
 
         Raises:
             ValueError: wrong shapes, or teacher and student have different numbers of latent channels.
@@ -355,23 +357,22 @@ class VAELoss(nn.Module):
                 total = total + self._adversarial_term(term, reconstruction, discriminator, last_layer, logs)
         if config.kl_weight > 0:
             total = total + self._kl_term(posterior, clips, logs)
-        if not config.needs_teacher:
-            logs["total"] = total.detach()
-            return LossOutput(total, logs, reconstruction, latents)
-        self._check_channels(latents)
-        targets = select_frames(clips, config.mapping, rng)
-        drawn = self._draw_latents(latents.shape[2], rng).to(clips.device)
-        image_latents: Tensor | None = None
-        if config.lambda_decoder > 0:
-            total = total + self._decoder_term(latents, targets, drawn, logs)
-        if config.lambda_encoder > 0:
-            with torch.no_grad():
-                image_latents = self.teacher.encode_frames(targets)
-            total = total + self._encoder_term(vae, clips, image_latents, logs)
-        if config.latent_matching_weight > 0:
-            if config.matching_mapping != config.mapping or config.mapping == "random":
-                image_latents = None
-            total = total + self._matching_term(posterior, clips, drawn, image_latents, rng, logs)
+        has_decoder_term = has_decoder_term and config.lambda_decoder > 0
+        if has_decoder_term or config.lambda_encoder > 0 or config.latent_matching_weight > 0:
+            self._check_channels(latents)
+            targets = select_frames(clips, config.mapping, rng)
+            drawn = self._draw_latents(latents.shape[2], rng).to(clips.device)
+            image_latents: Tensor | None = None
+            if has_decoder_term:
+                total = total + self._decoder_term(latents, targets, drawn, logs)
+            if config.lambda_encoder > 0:
+                with torch.no_grad():
+                    image_latents = self.teacher.encode_frames(targets)
+                total = total + self._encoder_term(vae, clips, image_latents, logs)
+            if config.latent_matching_weight > 0:
+                if config.matching_mapping != config.mapping or config.mapping == "random":
+                    image_latents = None
+                total = total + self._matching_term(posterior, clips, drawn, image_latents, rng, logs)
         logs["total"] = total.detach()
         return LossOutput(total, logs, reconstruction, latents)
 

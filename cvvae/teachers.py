@@ -239,48 +239,44 @@ class TinyImageVAE(nn.Module):
         return pixels
 
 
-class KLTeacher(nn.Module):
-    """diffusers' `AutoencoderKL` as a `Teacher`: latents are the posterior's mean, pixels in [-1, 1]."""
+class _DiffusersTeacher(nn.Module):
+    """What the image VAEs of diffusers have in common as teachers: all but how latents come out."""
 
     pixel_range = (-1.0, 1.0)
 
-    def __init__(self, vae: Any) -> None:
+    def __init__(self, vae: Any, num_levels: int) -> None:
         super().__init__()
-        _check_compression("AutoencoderKL", len(vae.config.block_out_channels))
+        _check_compression(type(vae).__name__, num_levels)
         self.vae = vae
         self.latent_channels = int(vae.config.latent_channels)
         self.scaling_factor = float(vae.config.scaling_factor)
         self.shift_factor = float(vae.config.shift_factor or 0.0)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """(N, C, h, w) -> (N, 3, 8 h, 8 w), about [-1, 1]."""
+        return cast(Tensor, self.vae.decode(latents).sample)
+
+
+class KLTeacher(_DiffusersTeacher):
+    """diffusers' `AutoencoderKL` as a `Teacher`: latents are the posterior's mean, pixels in [-1, 1]."""
+
+    def __init__(self, vae: Any) -> None:
+        super().__init__(vae, len(vae.config.block_out_channels))
 
     def encode(self, pixels: Tensor) -> Tensor:
         """(N, 3, H, W) in [-1, 1] -> (N, C, H / 8, W / 8)."""
         return cast(Tensor, self.vae.encode(pixels).latent_dist.mode())
 
-    def decode(self, latents: Tensor) -> Tensor:
-        """(N, C, h, w) -> (N, 3, 8 h, 8 w), about [-1, 1]."""
-        return cast(Tensor, self.vae.decode(latents).sample)
 
-
-class TinyTeacher(nn.Module):
+class TinyTeacher(_DiffusersTeacher):
     """diffusers' `AutoencoderTiny` as a `Teacher`; unlike TAESD's own files it maps pixels to and from [-1, 1]."""
 
-    pixel_range = (-1.0, 1.0)
-
     def __init__(self, vae: Any) -> None:
-        super().__init__()
-        _check_compression("AutoencoderTiny", len(vae.config.encoder_block_out_channels))
-        self.vae = vae
-        self.latent_channels = int(vae.config.latent_channels)
-        self.scaling_factor = float(vae.config.scaling_factor)
-        self.shift_factor = float(vae.config.shift_factor or 0.0)
+        super().__init__(vae, len(vae.config.encoder_block_out_channels))
 
     def encode(self, pixels: Tensor) -> Tensor:
         """(N, 3, H, W) in [-1, 1] -> (N, C, H / 8, W / 8)."""
         return cast(Tensor, self.vae.encode(pixels).latents)
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """(N, C, h, w) -> (N, 3, 8 h, 8 w), about [-1, 1]."""
-        return cast(Tensor, self.vae.decode(latents).sample)
 
 
 def load_teacher(path: str, subfolder: str | None = None) -> FrozenTeacher:

@@ -391,11 +391,6 @@ class Trainer:
             groups.append({"params": scalars, "factor": 1.0, "weight_decay": 0.0})
         self._optimizer = self._adamw(groups, stage.lr)
         self._load_generator_optimizer_state(carried)
-        # The VAE's steps without the term of the image decoder, see `Stage.decoder_term_every`.
-        self._loss_between = loss
-        if stage.decoder_term_every > 1:
-            between = dataclasses.replace(stage.loss, lambda_decoder=0.0)
-            self._loss_between = VAELoss(between, *loss._frozen).to(self.vae.device)
         self._generator: nn.Module = _GeneratorPass(self.vae, loss)
         self._discriminator_pass: nn.Module | None = None
         self._discriminator_optimizer = None
@@ -453,9 +448,7 @@ class Trainer:
             self.discriminator.requires_grad_(False)
         has_decoder_term = step % self.stages[self._stage_index].decoder_term_every == 0
         with self._autocast():
-            total, logs, reconstruction = self._generator(
-                clips, step, rng, self.discriminator, None if has_decoder_term else self._loss_between
-            )
+            total, logs, reconstruction = self._generator(clips, step, rng, self.discriminator, has_decoder_term)
         total.backward()
         losses |= logs
         norm, is_finite = _clip(self._trained, self.config.clip_norm)
@@ -558,10 +551,11 @@ class _GeneratorPass(nn.Module):
         step: int,
         rng: torch.Generator,
         discriminator: nn.Module | None,
-        loss: VAELoss | None,
+        has_decoder_term: bool,
     ) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
-        used = self.loss if loss is None else loss
-        out = used.generator(self.vae, clips, step=step, rng=rng, discriminator=discriminator)
+        out = self.loss.generator(
+            self.vae, clips, step=step, rng=rng, discriminator=discriminator, has_decoder_term=has_decoder_term
+        )
         return out.total, out.logs, out.reconstruction
 
 

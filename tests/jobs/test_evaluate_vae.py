@@ -19,9 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from builders import CLIP_STILLS, CLIP_VIDEOS
-from diffusers import AutoencoderKL
+from image_vaes import narrow_image_vae
 from PIL import Image
 
 from cvvae.inflate import inflate
@@ -46,17 +45,9 @@ class Outcome:
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """image/: an image VAE with 4 channels; image16/: with 16; video/: the video VAE inflated from the first."""
     folder = tmp_path_factory.mktemp("models")
-    torch.manual_seed(0)
-    shape: dict[str, Any] = {
-        "down_block_types": ("DownEncoderBlock2D",) * 4,
-        "up_block_types": ("UpDecoderBlock2D",) * 4,
-        "block_out_channels": (8, 8, 16, 16),
-        "layers_per_block": 1,
-        "norm_num_groups": 4,
-    }
-    image_vae = AutoencoderKL(**shape).eval()
+    image_vae = narrow_image_vae(0)
     image_vae.save_pretrained(folder / "image")
-    AutoencoderKL(**shape, latent_channels=16).save_pretrained(folder / "image16")
+    narrow_image_vae(1, latent_channels=16).save_pretrained(folder / "image16")
     inflate(image_vae).save_pretrained(folder / "video")
     return folder
 

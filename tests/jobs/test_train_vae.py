@@ -19,6 +19,7 @@ import pytest
 import torch
 import yaml
 from builders import CLIPS
+from image_vaes import narrow_image_vae
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -333,14 +334,7 @@ def test_every_flag_that_the_readme_and_the_configurations_name_is_known() -> No
 
 
 def test_training_starts_from_an_image_vae_a_video_vae_or_a_configuration(tmp_path: Path) -> None:
-    diffusers = pytest.importorskip("diffusers")
-    torch.manual_seed(0)
-    image_vae = diffusers.AutoencoderKL(
-        down_block_types=["DownEncoderBlock2D"] * 4,
-        up_block_types=["UpDecoderBlock2D"] * 4,
-        block_out_channels=[8, 8, 8, 8],
-        norm_num_groups=4,
-    )
+    image_vae = narrow_image_vae(0, block_out_channels=[8, 8, 8, 8])
     image_vae.save_pretrained(tmp_path / "pipeline" / "vae")
     inflated = initial_vae(ModelConfig(init=str(tmp_path / "pipeline"), init_subfolder="vae"), seed=0)
     assert inflated.is_causal
