@@ -85,6 +85,10 @@ class LossConfig:
     """Weight of the distance of the posterior's means to the image encoder's latents; not in the paper."""
     latent_matching: Distance = "l1"
     """Distance of latents."""
+    latent_deviation_weight: float = 0.0
+    """Weight of the squared logarithm of the ratio of deviations over a batch, video latents to the image encoder's, in
+    the mean over the channels; not in the paper. Latents that are only asked to come near their targets shrink, as in
+    any regression, and a diffusion model made for image latents meets a signal weaker than its noise was made for."""
     matching_mapping: Mapping = "slice"
     """Whose image latents are the target; "slice" is where an inflated encoder starts: the last frame of a group."""
     learned_variance: bool = False
@@ -125,7 +129,12 @@ class LossConfig:
     @property
     def needs_teacher(self) -> bool:
         """Whether a term asks the image VAE."""
-        return self.lambda_decoder > 0 or self.lambda_encoder > 0 or self.latent_matching_weight > 0
+        return self.lambda_decoder > 0 or self.lambda_encoder > 0 or self.compares_latents
+
+    @property
+    def compares_latents(self) -> bool:
+        """Whether a term sets the posterior's means beside the image encoder's latents."""
+        return self.latent_matching_weight > 0 or self.latent_deviation_weight > 0
 
     def is_adversarial(self, step: int) -> bool:
         """Whether the discriminator takes part in that step (and so has to be trained in it)."""
@@ -273,8 +282,9 @@ class VAELoss(nn.Module):
         super().__init__()
         if config.needs_teacher and teacher is None:
             raise LossError(
-                "lambda_decoder, lambda_encoder or latent_matching_weight is above 0, but there is no teacher: give a "
-                "frozen image VAE, or set all three to 0 to train latents of no particular space"
+                "lambda_decoder, lambda_encoder, latent_matching_weight or latent_deviation_weight is above 0, but "
+                "there is no teacher: give a frozen image VAE, or set all four to 0 to train latents of no particular "
+                "space"
             )
         if config.perceptual_weight > 0 and perceptual is None:
             raise LossError(
@@ -358,7 +368,7 @@ class VAELoss(nn.Module):
         if config.kl_weight > 0:
             total = total + self._kl_term(posterior, clips, logs)
         has_decoder_term = has_decoder_term and config.lambda_decoder > 0
-        if has_decoder_term or config.lambda_encoder > 0 or config.latent_matching_weight > 0:
+        if has_decoder_term or config.lambda_encoder > 0 or config.compares_latents:
             self._check_channels(latents)
             targets = select_frames(clips, config.mapping, rng)
             drawn = self._draw_latents(latents.shape[2], rng).to(clips.device)
@@ -369,10 +379,10 @@ class VAELoss(nn.Module):
                 with torch.no_grad():
                     image_latents = self.teacher.encode_frames(targets)
                 total = total + self._encoder_term(vae, clips, image_latents, logs)
-            if config.latent_matching_weight > 0:
+            if config.compares_latents:
                 if config.matching_mapping != config.mapping or config.mapping == "random":
                     image_latents = None
-                total = total + self._matching_term(posterior, clips, drawn, image_latents, rng, logs)
+                total = total + self._latent_terms(posterior, clips, drawn, image_latents, rng, logs)
         logs["total"] = total.detach()
         return LossOutput(total, logs, reconstruction, latents)
 
@@ -471,7 +481,7 @@ class VAELoss(nn.Module):
         logs["encoder"] = distance.detach()
         return self.config.lambda_encoder * self._with_variance(distance, "logvar_encoder", logs)
 
-    def _matching_term(
+    def _latent_terms(
         self,
         posterior: LatentDistribution,
         clips: Tensor,
@@ -480,18 +490,27 @@ class VAELoss(nn.Module):
         rng: torch.Generator,
         logs: dict[str, Tensor],
     ) -> Tensor:
-        """Distance of the posterior's means (what is stored) to the image encoder's latents, which may be known."""
-        if self.config.matching_mapping == "first":
+        """The posterior's means (what is stored) beside the image encoder's latents, which may be known."""
+        config = self.config
+        if config.matching_mapping == "first":
             drawn = drawn[:1].new_zeros(1)
         if image_latents is None:
-            frames = select_frames(clips, self.config.matching_mapping, rng)
+            frames = select_frames(clips, config.matching_mapping, rng)
             with torch.no_grad():
                 targets = self.teacher.encode_frames(frames[:, :, drawn])
         else:
             targets = image_latents[:, :, drawn]
-        distance = _distance(posterior.mean[:, :, drawn], targets, self.config.latent_matching)
-        logs["latent_matching"] = distance.detach()
-        return self.config.latent_matching_weight * distance
+        means = posterior.mean[:, :, drawn]
+        term = clips.new_zeros((), dtype=torch.float32)
+        if config.latent_matching_weight > 0:
+            distance = _distance(means, targets, config.latent_matching)
+            logs["latent_matching"] = distance.detach()
+            term = term + config.latent_matching_weight * distance
+        if config.latent_deviation_weight > 0:
+            deviation = (0.5 * (_log_variance(means) - _log_variance(targets))).square().mean()
+            logs["latent_deviation"] = deviation.detach()
+            term = term + config.latent_deviation_weight * deviation
+        return term
 
     def _with_variance(self, term: Tensor, name: str, logs: dict[str, Tensor]) -> Tensor:
         if not self.config.learned_variance:
@@ -577,6 +596,11 @@ class _Halve(nn.Module):
 
 def _group_norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(math.gcd(32, channels), channels)
+
+
+def _log_variance(latents: Tensor) -> Tensor:
+    """Natural logarithm of each channel's variance over a batch: (B, C, t, h, w) -> (C,), float32, at least -18.4."""
+    return (latents.float().var(dim=(0, 2, 3, 4), correction=0) + 1e-8).log()
 
 
 def _distance(a: Tensor, b: Tensor, distance: Distance) -> Tensor:

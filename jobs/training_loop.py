@@ -540,7 +540,10 @@ def _size(vae: CVVAE) -> str:
 
 def _teacher(config: ModelConfig) -> FrozenTeacher:
     if config.teacher is None:
-        raise UsageError("--teacher must be given, or lambda_decoder, lambda_encoder and latent_matching_weight be 0")
+        raise UsageError(
+            "--teacher must be given, or lambda_decoder, lambda_encoder, latent_matching_weight and "
+            "latent_deviation_weight be 0"
+        )
     return load_teacher(config.teacher, config.teacher_subfolder)
 
 

@@ -29,7 +29,7 @@ from cvvae.losses import (
     load_perceptual,
     select_frames,
 )
-from cvvae.model import LatentDistribution
+from cvvae.model import EncoderOutput, LatentDistribution
 from cvvae.teachers import FrozenTeacher, TinyImageVAE
 
 OFF = LossConfig(reconstruction_weight=0, perceptual_weight=0, kl_weight=0, adversarial_weight=0, lambda_decoder=0)
@@ -332,6 +332,34 @@ class TestRegularisation:
         torch.testing.assert_close(out.total, 2 * F.mse_loss(mean, wanted))
         assert out.reconstruction is None
 
+    def test_the_deviation_term_is_the_squared_log_ratio_of_deviations_channel_by_channel(
+        self, student: CVVAE, clips: Tensor, counted: CountingTeacher
+    ) -> None:
+        out = run(only(latent_deviation_weight=3), student, clips, counted)
+        assert (counted.encoded, out.reconstruction) == ([6], None)
+        mean = student.encode(clips).latent_dist.mean
+        images = FrozenTeacher(counted).encode_frames(clips[:, :, ::4])
+        ratios = [mean[:, c].std(correction=0) / images[:, c].std(correction=0) for c in range(4)]
+        wanted = 3 * torch.stack(ratios).log().square().mean()
+        torch.testing.assert_close(out.total, wanted, rtol=1e-3, atol=0)
+        assert wanted > 0.01
+
+    def test_the_deviation_term_pulls_shrunken_latents_apart_and_leaves_equal_ones_alone(
+        self, student: CVVAE, clips: Tensor, counted: CountingTeacher
+    ) -> None:
+        images = FrozenTeacher(counted).encode_frames(clips[:, :, ::4])
+        slopes = []
+        for scale in (0.5, 1.0, 2.0):
+            factor = torch.tensor(scale, requires_grad=True)
+            moments = torch.cat([images * factor, torch.zeros_like(images)], dim=1)
+            encoder = SimpleNamespace(encode=lambda _, m=moments: EncoderOutput(LatentDistribution(m)))
+            run(only(latent_deviation_weight=1), encoder, clips, counted).total.backward()  # type: ignore[arg-type]
+            assert factor.grad is not None
+            slopes.append(float(factor.grad))
+        assert slopes[0] < -0.5
+        assert abs(slopes[1]) < 1e-5
+        assert slopes[2] > 0.3
+
     def test_the_image_decoder_teaches_the_encoder_and_nobody_else(
         self, student: CVVAE, clips: Tensor, counted: CountingTeacher
     ) -> None:
@@ -376,6 +404,7 @@ class TestCost:
             (only(lambda_decoder=1, regularised_latents=1), [], [2]),
             (only(lambda_encoder=1), [6], []),
             (only(latent_matching_weight=1), [6], []),
+            (only(latent_matching_weight=1, latent_deviation_weight=1, regularised_latents=1), [2], []),
             (only(latent_matching_weight=1, matching_mapping="first"), [2], []),
         ],
     )
@@ -558,7 +587,9 @@ class TestRefusals:
         with pytest.raises(LossError, match=message):
             LossConfig(**fields)
 
-    @pytest.mark.parametrize("name", ["lambda_decoder", "lambda_encoder", "latent_matching_weight"])
+    @pytest.mark.parametrize(
+        "name", ["lambda_decoder", "lambda_encoder", "latent_matching_weight", "latent_deviation_weight"]
+    )
     def test_a_term_that_needs_the_teacher_says_so(self, name: str) -> None:
         with pytest.raises(LossError, match="there is no teacher"):
             VAELoss(only(**{name: 1.0}))
