@@ -1,4 +1,4 @@
-# make demo and make test do everything on a fresh machine with Python 3.10+; nothing but the package registry is needed.
+# make demo and make test do everything on a fresh machine with Python 3.11+; nothing but the package registry is needed.
 
 PYTHON ?= python3
 PIP = .venv/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt

@@ -178,7 +178,7 @@ class StepReport:
         step: its number, from 0.
         losses: the terms that were computed, before their weights; scalars on the device, detached.
         lr: the learning rate, before factors.
-        is_skipped: the gradient was not finite, so that nothing changed.
+        is_skipped: a gradient was not finite, so that the VAE stayed as it was, or the discriminator alone.
     """
 
     step: int

@@ -44,7 +44,7 @@ import threading
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -162,7 +162,7 @@ def evaluate(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[Pictur
     channels = evaluator.channels()
     document = {
         "schema": SCHEMA,
-        "created_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "settings": _settings(arguments, device, encoding),
         "model": _model(arguments, vae),
         "teacher": _teacher(arguments, teacher),

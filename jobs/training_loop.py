@@ -445,7 +445,8 @@ class _Loop:
 
 
 class _Journal:
-    """`losses.jsonl`: the means of the losses since the row before, over all workers."""
+    """`losses.jsonl`: the means of the losses since the row before, over all workers, and `skipped`, the share of steps
+    with a gradient that was not finite, which count in no other mean."""
 
     def __init__(self, output: Path, device: torch.device, is_writing: bool) -> None:
         self.last: Mapping[str, float] = {}
@@ -484,10 +485,9 @@ class _Journal:
 
     def add(self, report: StepReport) -> None:
         """Adds a step; nothing is read back from a GPU."""
-        losses: Mapping[str, Tensor] = report.losses
-        if report.is_skipped:
-            losses = {"skipped": torch.ones(())}
-        for name, value in losses.items():
+        losses: Mapping[str, Tensor] = {} if report.is_skipped else report.losses
+        skipped = torch.full((), float(report.is_skipped))
+        for name, value in {**losses, "skipped": skipped}.items():
             total = value.double().to(self._device)
             if name in self._sums:
                 self._sums[name] = self._sums[name] + total

@@ -146,7 +146,7 @@ def test_a_training_leaves_a_model_losses_pictures_and_checkpoints(undisturbed: 
         (4, "encoder"),
         *((step, "joint") for step in (6, 8, 10, 12, 13)),
     ]
-    assert written[0].keys() == {"step", "stage", "lr", "latent_matching", "total", "gradient_norm"}
+    assert written[0].keys() == {"step", "stage", "lr", "latent_matching", "total", "gradient_norm", "skipped"}
     assert {"reconstruction", "kl", "decoder", "adversarial", "discriminator"} <= written[-1].keys()
     for step in (6, 12):
         with Image.open(undisturbed / "pictures" / f"step-{step:010d}.jpg") as picture:
@@ -262,6 +262,16 @@ def test_all_sums_of_losses_lie_on_the_device_of_the_training(tmp_path: Path) ->
         "total": "meta",
         "skipped": "meta",
     }
+
+
+def test_a_row_says_which_share_of_its_steps_was_skipped_and_means_of_the_others(tmp_path: Path) -> None:
+    journal = _Journal(tmp_path, torch.device("cpu"), is_writing=True)
+    journal.begin()
+    for step, (loss, is_skipped) in enumerate([(1.0, False), (float("nan"), True), (3.0, False), (2.0, False)]):
+        report = StepReport(step=step, losses={"total": torch.tensor(loss)}, lr=1e-3, is_skipped=is_skipped)
+        journal.add(report)
+    journal.write_row(4, "joint", 1e-3)
+    assert rows(tmp_path) == [{"step": 4, "stage": "joint", "lr": 1e-3, "skipped": 0.25, "total": 2.0}]
 
 
 @pytest.mark.parametrize(

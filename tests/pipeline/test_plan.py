@@ -294,7 +294,7 @@ def test_a_table_gives_its_rows_with_all_columns(tmp_path: Path, extension: str)
 
 
 def test_every_type_of_a_parquet_column_is_kept_or_left_out_on_purpose(tmp_path: Path) -> None:
-    noon = datetime.datetime(2024, 5, 6, 12, tzinfo=datetime.timezone.utc)
+    noon = datetime.datetime(2024, 5, 6, 12, tzinfo=datetime.UTC)
     columns = {
         "url": pa.array(["a.mp4", "b.mp4"]),
         "flag": pa.array([True, None]),
