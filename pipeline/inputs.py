@@ -21,7 +21,7 @@ import pyarrow as pa
 
 from pipeline.errors import DamagedObjectError, RejectionError, StorageError, StorageUnavailableError
 from pipeline.records import MediaKind, ShardSpec
-from pipeline.storage import ObjectStore
+from pipeline.storage import InputFile, ObjectStore
 
 # What counts as media here; whether it can be decoded is for the decoder to say, in a rejection that people can see.
 _VIDEOS = ("mp4", "m4v", "mov", "webm", "mkv", "avi", "mpg", "mpeg", "ts", "m2ts", "3gp", "flv", "wmv", "ogv")
@@ -109,6 +109,7 @@ class SliceEntry:
         fields: the columns of the row by their own names, JSON-safe; empty for files of a folder.
         txt_uri, json_uri: the files beside it, None where there are none.
         problem: (reason, message) of the rejection that planning already knows of.
+        version: `version_of` its files when it was planned; None where planning does not look at them, as in tables.
     """
 
     key: str
@@ -117,6 +118,48 @@ class SliceEntry:
     txt_uri: str | None = None
     json_uri: str | None = None
     problem: tuple[str, str] | None = None
+    version: str | None = None
+
+
+def version_of(media: InputFile | None, *beside: InputFile | None) -> str:
+    """What tells the files of a sample from others under the same names: size and etag, or time of change, of each.
+
+    Args:
+        media: None where there is none.
+        beside: its .txt and its .json, in this order.
+    """
+    files = [media, *beside]
+    return "|".join("-" if f is None or f.num_bytes is None else f"{f.num_bytes}:{f.etag or ''}" for f in files)
+
+
+class FoundVersions:
+    """The versions of a slice's files as they were read, kept as far as the plan does not say the same.
+
+    Attributes:
+        changes: URI -> version, of files that were not as planned.
+    """
+
+    def __init__(self) -> None:
+        self.changes: dict[str, str] = {}
+        self._unplanned: dict[str, str] = {}
+
+    def note(self, entry: SliceEntry, version: str) -> None:
+        """Takes down the version of an entry that was read; safe from several threads."""
+        if entry.version is None:
+            self._unplanned[entry.uri] = version
+        elif entry.version != version:
+            self.changes[entry.uri] = version
+
+    @property
+    def digest(self) -> str | None:
+        """Of the versions that no plan holds; None where there are none."""
+        return digest_of_versions(self._unplanned) if self._unplanned else None
+
+
+def digest_of_versions(versions: Mapping[str, str]) -> str:
+    """32 hex digits for URI -> version, whatever the order."""
+    text = json.dumps(sorted(versions.items()))
+    return f"files-{hashlib.sha256(text.encode()).hexdigest()[:32]}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,7 +14,12 @@ that comes second takes the first one's round as it is and goes on behind it. Wh
 and rows that appear later form the slices of a new round. A table may only grow at its end.
 
 An entry of a slice names what to encode and does not pin its bytes: a file that is replaced before its slice is
-encoded is encoded as it is then. A tar is pinned by its size and etag, because its samples are not known before.
+encoded is encoded as it is then, and the record of the shard says so. A tar is pinned by its size and etag, because its
+samples are not known before.
+
+An input that changes under its name after it was encoded keeps the latents that it has: `changed_inputs` tells which
+they are. On a local disk the time of change stands for the etag. Files that a table names are not looked at here,
+which would take a request for each of them every time; `audit` compares them when it is asked to.
 """
 
 from __future__ import annotations
@@ -54,6 +59,7 @@ from pipeline.inputs import (
     read_slice,
     slice_digest,
     tar_suffix,
+    version_of,
 )
 from pipeline.records import ShardSpec
 from pipeline.storage import InputFile, ObjectStore, list_inputs, open_input
@@ -143,7 +149,7 @@ class _Found:
     tars: Sequence[InputFile]
     tables: Sequence[InputFile]
     media: Sequence[InputFile]
-    sidecars: frozenset[str]
+    sidecars: Mapping[str, InputFile]  # by URI
 
 
 def _classify(asked: str, files: Iterable[InputFile], output: str) -> _Found:
@@ -166,7 +172,7 @@ def _classify(asked: str, files: Iterable[InputFile], output: str) -> _Found:
             f"--input: {asked} holds {examples}, and no tar ({', '.join(COMPRESSIONS)}), table "
             f"(.{', .'.join(_TABLES)}), video or image (.{', .'.join(MEDIA_KINDS)})"
         )
-    sidecars = frozenset(f.uri for f in inputs if extension_of(f.uri) in ("txt", "json"))
+    sidecars = {f.uri: f for f in inputs if extension_of(f.uri) in ("txt", "json")}
     return _Found(source=source, root=root, tars=tars, tables=tables, media=media, sidecars=sidecars)
 
 
@@ -241,6 +247,10 @@ class _SlicePlan(ABC):
     def _columns(self) -> Mapping[str, str]:
         return {}
 
+    def _changed(self, rounds: Sequence[Mapping[str, Any]]) -> Mapping[int, Mapping[str, str]]:
+        """By number of the slice: the files that are not as planned any more, with their version of now."""
+        return {}
+
     def specs(self, write: bool) -> list[ShardSpec]:
         """The slices of all rounds, a new one included."""
         while True:
@@ -259,7 +269,11 @@ class _SlicePlan(ABC):
                 if create_once(self._store, f"{self._folder}/round-{len(rounds):06d}.json", data) != data:
                     # Another driver's round stands here; ours goes behind it, if anything is left to cut.
                     continue
-            return [self._spec(number, *entry) for number, entry in enumerate([*slices, *new_slices])]
+            changed = self._changed(rounds)
+            return [
+                self._spec(number, *entry, changed.get(number, {}))
+                for number, entry in enumerate([*slices, *new_slices])
+            ]
 
     def _rounds(self) -> list[dict[str, Any]]:
         keys = [info.key for info in self._store.list(f"{self._folder}/round-")]
@@ -289,7 +303,7 @@ class _SlicePlan(ABC):
                 upload.result()
         return written
 
-    def _spec(self, number: int, plan_key: str, num_videos: int) -> ShardSpec:
+    def _spec(self, number: int, plan_key: str, num_videos: int, changed: Mapping[str, str]) -> ShardSpec:
         source_uri = f"{self._source_uri}#slice={number}"
         return ShardSpec(
             shard_id=_shard_id(f"{self._stem}-{number:05d}", source_uri),
@@ -299,6 +313,7 @@ class _SlicePlan(ABC):
             source_size_bytes=None,
             source_etag=None,
             num_videos=num_videos,
+            changed=changed,
         )
 
 
@@ -324,10 +339,31 @@ class _FolderPlan(_SlicePlan):
         super().__init__(source, store, found.source)
         self._found = found
 
+    def _changed(self, rounds: Sequence[Mapping[str, Any]]) -> Mapping[int, Mapping[str, str]]:
+        present = {f.uri.removeprefix(f"{self._found.root}/"): f for f in self._found.media}
+        changed: dict[int, dict[str, str]] = defaultdict(dict)
+        first = 0
+        for r in rounds:
+            # Entries were cut into slices in the order in which the round names them.
+            numbers = (first + n for n, cut in enumerate(r["slices"]) for _ in range(cut["num_videos"]))
+            first += len(r["slices"])
+            planned = r["covered"].get("versions", [])
+            for number, path, version in zip(numbers, r["covered"]["files"], planned, strict=False):
+                # A file that is gone has not changed: people clear their inputs behind a run.
+                if path in present and (now := self._version(present[path])) != version:
+                    changed[number][present[path].uri] = now
+        return changed
+
+    def _version(self, media: InputFile) -> str:
+        beside = posixpath.splitext(media.uri)[0]
+        return version_of(media, *(self._found.sidecars.get(f"{beside}.{extension}") for extension in ("txt", "json")))
+
     def _new_entries(self, rounds: Sequence[Mapping[str, Any]], covered: dict[str, object]) -> Iterator[SliceEntry]:
         known = {path for r in rounds for path in r["covered"]["files"]}
+        files = {f.uri.removeprefix(f"{self._found.root}/"): f for f in self._found.media}
         new_paths: list[str] = []
-        covered["files"] = new_paths
+        versions: list[str] = []
+        covered["files"], covered["versions"] = new_paths, versions
         samples = list(self._samples())
         # Files that share a stem are told apart by their extensions; a.mp4.webm must not take the key of a.mp4 then.
         taken = {path for _, paths in samples if len(paths) > 1 for path in paths}
@@ -335,7 +371,9 @@ class _FolderPlan(_SlicePlan):
             for path in paths:
                 if path not in known:
                     new_paths.append(path)
-                    yield self._entry(path, stem if len(paths) == 1 and stem not in taken else path, stem)
+                    versions.append(self._version(files[path]))
+                    key = stem if len(paths) == 1 and stem not in taken else path
+                    yield self._entry(path, key, stem, versions[-1])
 
     def _samples(self) -> Iterator[tuple[str, list[str]]]:
         by_stem: dict[str, list[str]] = {}
@@ -347,7 +385,7 @@ class _FolderPlan(_SlicePlan):
             videos = [path for path in paths if MEDIA_KINDS[extension_of(path)] == "video"]
             yield stem, videos or paths
 
-    def _entry(self, path: str, key: str, stem: str) -> SliceEntry:
+    def _entry(self, path: str, key: str, stem: str, version: str) -> SliceEntry:
         problem = key_problem(key)
         beside = f"{self._found.root}/{stem}"
         return SliceEntry(
@@ -356,6 +394,7 @@ class _FolderPlan(_SlicePlan):
             txt_uri=f"{beside}.txt" if f"{beside}.txt" in self._found.sidecars else None,
             json_uri=f"{beside}.json" if f"{beside}.json" in self._found.sidecars else None,
             problem=("bad_member", f"the name {path!r} is not allowed: {problem}") if problem else None,
+            version=version,
         )
 
 
@@ -378,8 +417,8 @@ class _TablePlan(_SlicePlan):
                 f"not {self._source.uri_column!r}; use the same, or another output"
             )
         stands = (self._table.num_bytes, self._table.etag)
-        # Without an etag (on a local disk) equal size says too little.
-        if rounds and self._table.etag and stands == (last["num_bytes"], last["etag"]):
+        # On a local disk two changes may be too close in time to be told apart; elsewhere an etag says all.
+        if rounds and self._table.etag and "://" in self._table.uri and stands == (last["num_bytes"], last["etag"]):
             return
         digest = hashlib.sha256()
         num_rows, first_problem, num_usable = 0, "", 0

@@ -69,19 +69,54 @@ class Bucket:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ShardSpec:
-    """One unit of work, small and JSON-safe.
+class Redo:
+    """What of a decided shard is encoded again, and why.
 
-    `shard_id = <stem>-<8 hex of sha256(source URI)>` derives from the source, never from the number of workers.
+    Attributes:
+        shard_id: of the shard.
+        generation: the first that may hold it: what this one and later ones speak of already is left out.
+        replaces: name of the damaged record to repair; None for a retry of rejections, which stands beside the earlier
+            generations.
+        keys: the videos that are encoded again; None for all of the shard.
     """
 
     shard_id: str
-    source_uri: str  # the tar, or the table/folder/glob with "#slice=N"
+    generation: int
+    replaces: str | None
+    keys: tuple[str, ...] | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardSpec:
+    """One unit of work, small and JSON-safe.
+
+    Attributes:
+        shard_id: `<stem>-<8 hex of sha256(source URI)>`, from the source and never from the number of workers; of a
+            later generation `<shard_id>.r<n>`.
+        source_uri: the tar, or the table, folder or glob with "#slice=N".
+        plan_key: slices: key of the create-once object under plans/ that lists the entries.
+        source_size_bytes: tars: as listed at planning time.
+        source_etag: tars: as listed at planning time.
+        num_videos: slices: known; tars: None until read.
+        changed: files of a slice that have another version (size, etag or time of change) than when the slice was
+            planned: URI -> `inputs.version_of` as listed now.
+        redo: what to do of the shard where it is decided and this is to be a later generation.
+    """
+
+    shard_id: str
+    source_uri: str
     kind: Literal["tar", "slice"]
-    plan_key: str | None  # slices: key of the create-once object under plans/ that lists the entries
-    source_size_bytes: int | None  # tars: as listed at planning time
+    plan_key: str | None
+    source_size_bytes: int | None
     source_etag: str | None
-    num_videos: int | None  # slices: known; tars: None until read
+    num_videos: int | None
+    changed: Mapping[str, str] = field(default_factory=dict, hash=False)
+    redo: Redo | None = None
+
+    @property
+    def base_id(self) -> str:
+        """The id of the shard, whatever the generation."""
+        return self.shard_id if self.redo is None else self.redo.shard_id
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -267,17 +302,34 @@ class ShardCounts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Commit:
-    """The create-once record of a shard. Its existence is the only meaning of "done"."""
+    """A create-once record of a shard. The existence of generation 0 is the only meaning of "done".
+
+    Later generations are made only when somebody asks for it: a *retry* speaks anew of some rejected videos, a *repair*
+    stands in for an earlier record whose files are damaged (`commit` says which of them count).
+
+    Attributes:
+        replaces: name of the earlier record that does not count any more; None in a generation 0 and in a retry.
+        keys: the videos that this record speaks of; None: all of the shard.
+        shard_counts: accounts of the whole shard from this generation on; None in a generation 0, whose `counts`
+            they are.
+        source_etag: of a tar; of a slice of a table `inputs.digest_of_versions` of the files that were read.
+        source_changes: files of a slice that were not as planned when they were encoded: URI -> `inputs.version_of`
+            what was encoded.
+    """
 
     shard_id: str
-    generation: int  # 0 for the first; a retry of rejections is 1, 2, ...
+    generation: int  # 0 for the first; retries and repairs are 1, 2, ... without a gap
     nonce: str  # of the attempt that won
     fingerprint: str
     source_uri: str
     source_size_bytes: int | None
     source_etag: str | None
     files: tuple[FileStat, ...]
-    counts: ShardCounts
+    counts: ShardCounts  # of what this record itself holds
     format_version: int
     code_version: str
     created_at: str  # UTC, RFC 3339; for people only, nothing depends on it
+    replaces: str | None = None
+    keys: tuple[str, ...] | None = None
+    shard_counts: ShardCounts | None = None
+    source_changes: Mapping[str, str] = field(default_factory=dict, hash=False)

@@ -24,7 +24,7 @@ import json
 import os
 import tempfile
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -33,6 +33,7 @@ from pipeline.config import DecodeLimits, EncodingConfig
 from pipeline.errors import RejectionError, StorageDeniedError, StorageError, StorageNotFoundError, UsageError
 from pipeline.inputs import (
     MEDIA_KINDS,
+    FoundVersions,
     SliceEntry,
     TarMember,
     TarStream,
@@ -40,9 +41,10 @@ from pipeline.inputs import (
     key_problem,
     parse_object,
     read_slice,
+    version_of,
 )
 from pipeline.records import ClipFailure, ShardSpec, SourceVideo
-from pipeline.storage import ObjectStore, open_input, open_input_fd, stat_input
+from pipeline.storage import InputFile, ObjectStore, open_input, open_input_fd, stat_input
 
 _REST = "*"
 _DEFAULT_CAPTION_COLUMN = "caption"
@@ -58,24 +60,39 @@ _DIGESTS = ("sha256", "md5")
 
 
 def iterate_videos(
-    spec: ShardSpec, store: ObjectStore, encoding: EncodingConfig, limits: DecodeLimits
+    spec: ShardSpec,
+    store: ObjectStore,
+    encoding: EncodingConfig,
+    limits: DecodeLimits,
+    found: FoundVersions | None = None,
 ) -> Iterator[SourceVideo | ClipFailure]:
     """The videos and images of a shard in their order, each once, and a failure for each that cannot be had.
 
     Whoever iterates owns the `media_fd` of what was yielded. Closing the iterator early leaves nothing open.
 
     Args:
-        spec: a shard as planned.
+        spec: a shard as planned; of a later generation only the videos come out that it orders.
         store: the output, which holds the slices under plans/.
         encoding: says where the caption is.
         limits: says how large a file may be.
+        found: takes down the versions of a slice's files as they are read.
 
     Raises:
         StorageError: the input could not be read, or changed since it was planned; the shard may be tried again.
     """
+    keys = None if spec.redo is None or spec.redo.keys is None else frozenset(spec.redo.keys)
     if spec.kind == "tar":
-        return _tar_videos(spec, encoding.caption_column, limits.max_file_bytes)
-    return _slice_videos(spec, store, encoding.caption_column, limits.max_file_bytes)
+        videos = _tar_videos(spec, encoding.caption_column, limits.max_file_bytes)
+        return videos if keys is None else _only(videos, keys)
+    return _slice_videos(spec, store, encoding.caption_column, limits.max_file_bytes, keys, found or FoundVersions())
+
+
+def _only(videos: Iterator[SourceVideo | ClipFailure], keys: Collection[str]) -> Iterator[SourceVideo | ClipFailure]:
+    for video in videos:
+        if video.key in keys:
+            yield video
+        elif isinstance(video, SourceVideo):
+            os.close(video.media_fd)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -251,7 +268,12 @@ def _chosen(sample: _Sample) -> _Media:
 
 
 def _slice_videos(
-    spec: ShardSpec, store: ObjectStore, caption_column: str, max_file_bytes: int
+    spec: ShardSpec,
+    store: ObjectStore,
+    caption_column: str,
+    max_file_bytes: int,
+    keys: Collection[str] | None,
+    found: FoundVersions,
 ) -> Iterator[SourceVideo | ClipFailure]:
     entries = read_slice(store, spec).entries
     first_with_key = {entry.key: number for number, entry in reversed(list(enumerate(entries)))}
@@ -259,8 +281,10 @@ def _slice_videos(
     with ThreadPoolExecutor(_FILES_AHEAD, thread_name_prefix="open-ahead") as pool:
         try:
             for number, entry in enumerate(entries):
+                if keys is not None and _stored_key(entry.key) not in keys:
+                    continue
                 is_first = first_with_key[entry.key] == number
-                opened.append(pool.submit(_open_entry, entry, spec, is_first, caption_column, max_file_bytes))
+                opened.append(pool.submit(_open_entry, entry, spec, is_first, caption_column, max_file_bytes, found))
                 if len(opened) == _FILES_AHEAD:
                     yield opened.popleft().result()
             while opened:
@@ -279,7 +303,12 @@ def _close_unused(future: Future[SourceVideo | ClipFailure]) -> None:
 
 
 def _open_entry(
-    entry: SliceEntry, spec: ShardSpec, is_first: bool, caption_column: str, max_file_bytes: int
+    entry: SliceEntry,
+    spec: ShardSpec,
+    is_first: bool,
+    caption_column: str,
+    max_file_bytes: int,
+    found: FoundVersions,
 ) -> SourceVideo | ClipFailure:
     media: _Media | None = None
     try:
@@ -290,7 +319,9 @@ def _open_entry(
         extension = extension_of(entry.uri)
         if extension not in MEDIA_KINDS:
             raise RejectionError("not_allowed", f"{_shown(entry.uri)} is no video or image by its extension")
-        media = _open_media(entry.uri, max_file_bytes)
+        info = stat_input(entry.uri)
+        found.note(entry, version_of(info, _stat_beside(entry.txt_uri), _stat_beside(entry.json_uri)))
+        media = _open_media(info, max_file_bytes)
         fields = dict(entry.fields)
         if entry.json_uri is not None:
             fields = parse_object(_text(entry.json_uri))
@@ -319,13 +350,19 @@ def _open_entry(
             media.close()
 
 
-def _open_media(uri: str, max_file_bytes: int) -> _Media:
+def _stat_beside(uri: str | None) -> InputFile | None:
+    try:
+        return None if uri is None else stat_input(uri)
+    except (StorageNotFoundError, StorageDeniedError):
+        return None  # reading it says what is wrong
+
+
+def _open_media(info: InputFile, max_file_bytes: int) -> _Media:
     # What is not local is copied when it is opened, so its size is looked at before.
-    num_bytes = stat_input(uri).num_bytes
-    if num_bytes is not None and not 0 < num_bytes <= max_file_bytes:
-        return _Media(name=uri, num_bytes=num_bytes, descriptor=None)
-    descriptor = open_input_fd(uri)
-    return _Media(name=uri, num_bytes=os.fstat(descriptor).st_size, descriptor=descriptor)
+    if info.num_bytes is not None and not 0 < info.num_bytes <= max_file_bytes:
+        return _Media(name=info.uri, num_bytes=info.num_bytes, descriptor=None)
+    descriptor = open_input_fd(info.uri)
+    return _Media(name=info.uri, num_bytes=os.fstat(descriptor).st_size, descriptor=descriptor)
 
 
 def _text(uri: str) -> bytes:
@@ -423,13 +460,18 @@ def _too_large(name: str, num_bytes: int, limit: int, *, reason: str = "too_larg
 
 def _failure(key: str, reason: str, message: str, source_uri: str) -> ClipFailure:
     return ClipFailure(
-        key=key if key.isprintable() and len(key) <= 200 else ascii(key)[1:-1][:200],
+        key=_stored_key(key),
         clip_index=None,
         step="source",
         reason=reason,
         message=_storable(message),
         source_uri=_storable(source_uri),
     )
+
+
+def _stored_key(key: str) -> str:
+    """The key as a rejection states it: one that is not allowed may be anything."""
+    return key if key.isprintable() and len(key) <= 200 else ascii(key)[1:-1][:200]
 
 
 def _storable(text: str) -> str:

@@ -56,7 +56,7 @@ class InputFile:
     Attributes:
         uri: an absolute local path, or a URI with its scheme.
         num_bytes: None where a store does not say, and of a local link that leads nowhere.
-        etag: None where the store has none (a local disk).
+        etag: of a file on a local disk its time of change, "mtime-" and nanoseconds; None where a store has none.
     """
 
     uri: str
@@ -304,7 +304,7 @@ def _s3_input(uri: str) -> tuple[S3Store, str]:
 def _local_file(path: str, status: os.stat_result) -> InputFile:
     if not stat.S_ISREG(status.st_mode):
         raise StorageNotFoundError(f"{path} is not a regular file")
-    return InputFile(uri=path, num_bytes=status.st_size, etag=None)
+    return InputFile(uri=path, num_bytes=status.st_size, etag=f"mtime-{status.st_mtime_ns}")
 
 
 def _s3_file(store: S3Store, info: ObjectInfo) -> InputFile:

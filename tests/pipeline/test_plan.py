@@ -71,7 +71,7 @@ def test_each_tar_is_a_shard_named_after_it(tmp_path: Path) -> None:
             kind="tar",
             plan_key=None,
             source_size_bytes=tar.stat().st_size,
-            source_etag=None,
+            source_etag=f"mtime-{tar.stat().st_mtime_ns}",
             num_videos=None,
         )
         for i, tar in enumerate(tars)
