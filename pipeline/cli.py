@@ -18,9 +18,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from pipeline.commit import latest_snapshot, load_commits, manifest_of_output
+from pipeline.commit import decided_shards, latest_snapshot, load_commits, manifest_of_output
 from pipeline.errors import LatentmillError, UsageError
-from pipeline.records import Commit, DatasetManifest
+from pipeline.records import DatasetManifest
 from pipeline.storage import ObjectStore, open_store
 
 
@@ -71,11 +71,6 @@ def _open(uri: str) -> tuple[ObjectStore, DatasetManifest]:
     return store, manifest_of_output(store)
 
 
-def _commits(store: ObjectStore) -> list[Commit]:
-    """Every committed shard of now, whether or not a snapshot names it yet."""
-    return sorted(load_commits(store), key=lambda commit: (commit.shard_id, commit.generation))
-
-
 def _inspect(arguments: argparse.Namespace) -> None:
     store, manifest = _open(arguments.uri)
     found = _description(store, manifest)
@@ -98,21 +93,22 @@ def _text(value: object) -> str:
 
 
 def _description(store: ObjectStore, manifest: DatasetManifest) -> dict[str, object]:
-    commits = _commits(store)
+    # Of now, whether or not a snapshot names them yet.
+    shards = decided_shards(load_commits(store))
     reasons: Counter[str] = Counter()
     counts: Counter[str] = Counter()
     files: Counter[str] = Counter()
-    for commit in commits:
-        reasons.update(commit.counts.reasons)
-        counts.update({name: value for name, value in asdict(commit.counts).items() if name != "reasons"})
-        for file in commit.files:
+    for shard in shards:
+        reasons.update(shard.counts.reasons)
+        counts.update({name: value for name, value in asdict(shard.counts).items() if name != "reasons"})
+        for file in (file for commit in shard.commits for file in commit.files):
             files[f"{file.content} files"] += 1
             files[f"{file.content} bytes"] += file.num_bytes
     snapshot = latest_snapshot(store)
     return {
         "output": store.root_uri,
         "snapshot": None if snapshot is None else snapshot.number,
-        "shards": len(commits),
+        "shards": len(shards),
         "kind": manifest.kind,
         "latent_dtype": manifest.latent_dtype,
         "fingerprint": manifest.fingerprint,

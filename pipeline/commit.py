@@ -4,14 +4,21 @@ Not where bytes lie (`storage`) and not what a data file holds (`format`). Used 
 `dataset` and whoever looks after an output to read.
 
     _dataset.json                        create-once: the configuration that every shard was made with
-    data/<pp>/<shard>-<sha16>.<ext>      immutable, named by their content; pp = the hash's first two digits
-    commits/<pp>/<shard>.json            create-once: THE commit point; pp = first two digits of sha256(name)
+    data/<pp>/<record>-<sha16>.<ext>     immutable, named by their content; pp = the hash's first two digits
+    commits/<pp>/<record>.json           create-once: THE commit point; pp = first two digits of sha256(name)
     manifests/<sha16>.jsonl.gz           immutable segments of up to 10,000 commit records
     snapshots/<number>.json              create-once, numbered from 1: what a reader pins
 
 Why it holds: a record is created once, after the files that it names have arrived, so whoever sees a record sees whole
 files; files are named by their hash, so a second attempt never changes them; losers delete nothing. However often a
 shard is tried, by however many jobs, one record decides it. No clock decides anything.
+
+**Generations.** The record `<shard>` decides a shard. What is said of it later is appended as `<shard>.r1`, `.r2`, ...:
+a retry of rejected videos, or a repair that replaces a damaged record. Who writes generation n has read all before it,
+and its name is free only once: an attempt that started from an older state loses, so that no two speak past each
+other. A record counts unless a later one replaces it. Where several that count speak of one sample, ok beats rejected,
+and of several ok the lowest generation's is read; a writer leaves out what another that counts has as ok, so that
+readers who know nothing of this see no sample twice.
 
 Layout version 1.
 """
@@ -80,13 +87,65 @@ class Snapshot:
 
     @property
     def num_records(self) -> int:
-        return sum(commit.counts.num_records for commit in self.commits)
+        """Samples that are ok, each counted once however many generations speak of it."""
+        return sum(shard.counts.num_records for shard in decided_shards(self.commits))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecidedShard:
+    """A shard as its records together describe it.
+
+    Attributes:
+        commits: the records that count, in the order of their generations.
+        counts: accounts of the whole shard.
+        next_generation: the number that a retry or repair made from this state must take.
+    """
+
+    shard_id: str
+    commits: tuple[Commit, ...]
+    counts: ShardCounts
+    next_generation: int
+
+
+def decided_shards(commits: Iterable[Commit]) -> tuple[DecidedShard, ...]:
+    """The shards that these records decide, in the order of their ids: what counts of each."""
+    by_shard: dict[str, list[Commit]] = {}
+    for commit in commits:
+        by_shard.setdefault(commit.shard_id, []).append(commit)
+    return tuple(_decided_shard(shard_id, by_shard[shard_id]) for shard_id in sorted(by_shard))
+
+
+def _decided_shard(shard_id: str, commits: list[Commit]) -> DecidedShard:
+    commits = sorted(commits, key=lambda commit: commit.generation)
+    last = commits[-1]
+    replaced = {commit.replaces for commit in commits}
+    return DecidedShard(
+        shard_id=shard_id,
+        commits=tuple(commit for commit in commits if name_of(commit) not in replaced),
+        counts=last.counts if last.shard_counts is None else last.shard_counts,
+        next_generation=last.generation + 1,
+    )
+
+
+_LATER_GENERATION = re.compile(r"(.+)\.r([1-9][0-9]*)")
 
 
 def record_name(shard_id: str, generation: int = 0) -> str:
-    """The name of a commit record: the shard id, with ".r<n>" from the first retry on."""
+    """The name of a commit record: the shard id, with ".r<n>" for later generations."""
     assert re.fullmatch(r"[^./\0][^/\0]*", shard_id), f"shard id {shard_id!r} is not a plain file name"
+    assert not _LATER_GENERATION.fullmatch(shard_id), f"shard id {shard_id!r} ends like the name of a later generation"
     return f"{shard_id}.r{generation}" if generation else shard_id
+
+
+def parse_record_name(name: str) -> tuple[str, int]:
+    """Shard id and generation of a record name."""
+    later = _LATER_GENERATION.fullmatch(name)
+    return (later[1], int(later[2])) if later else (name, 0)
+
+
+def name_of(commit: Commit) -> str:
+    """The name of a record."""
+    return record_name(commit.shard_id, commit.generation)
 
 
 def _commit_key(name: str) -> str:
@@ -245,10 +304,14 @@ def put_data_file(
     shard_id: str,
     content: Literal["parquet", "webdataset", "rejected"],
     num_rows: int,
+    generation: int = 0,
 ) -> FileStat:
-    """Stores a finished local file under a name that holds its hash. It counts only once a commit names it."""
+    """Stores a finished local file under a name that holds its hash. It counts only once a commit names it.
+
+    The name also holds that of the record to come: while that one does not exist, nobody may remove the file.
+    """
     sha256 = sha256_of_file(path)
-    key = f"data/{sha256[:2]}/{record_name(shard_id)}-{sha256[:16]}.{_EXTENSIONS[content]}"
+    key = f"data/{sha256[:2]}/{record_name(shard_id, generation)}-{sha256[:16]}.{_EXTENSIONS[content]}"
     store.put_file(key, path, sha256)
     return FileStat(key=key, num_bytes=path.stat().st_size, sha256=sha256, num_rows=num_rows, content=content)
 
@@ -292,33 +355,55 @@ def _damaged(store: ObjectStore, file: FileStat, found: str) -> DamagedObjectErr
 
 
 def commit_shard(store: ObjectStore, commit: Commit) -> Literal["committed", "lost_race"]:
-    """Decides a shard. Call it after every file of the commit was stored.
+    """Decides a shard, or appends a generation. Call it after every file of the commit was stored.
 
-    "lost_race" is a success too: another attempt decided the shard, and its files are the ones that count. The loser's
-    files stay where they are; deleting them could delete the winner's, which may carry the same bytes and name.
+    "lost_race" is a success too: another attempt was first, and its files are the ones that count. The loser's files
+    stay where they are; deleting them could delete the winner's, which may carry the same bytes and name. A retry or
+    repair that lost started from a state that is no more: read the shard anew to see whether anything is left to do.
 
     Raises:
         StorageUnavailableError: the outcome could not be learnt; the shard may be tried again.
+        StorageNotFoundError: a generation was skipped.
     """
-    key = _commit_key(record_name(commit.shard_id, commit.generation))
+    name = name_of(commit)
+    if commit.generation:
+        assert commit.shard_counts is not None, f"{name} does not state the accounts of the whole shard"
+        earlier = {record_name(commit.shard_id, generation) for generation in range(commit.generation)}
+        assert commit.replaces is None or commit.replaces in earlier, f"{name} cannot replace {commit.replaces}"
+        # Generations have no gap, or a reader could count one and not know of another that was there before it.
+        store.get(_commit_key(record_name(commit.shard_id, commit.generation - 1)))
+    key = _commit_key(name)
     standing = _commit_of(store, key, create_once(store, key, _json_bytes(asdict(commit))))
     return "committed" if standing.nonce == commit.nonce else "lost_race"
 
 
 def read_commit(store: ObjectStore, shard_id: str, generation: int = 0) -> Commit | None:
-    """The record that decided a shard, or None while it is undecided."""
+    """A record of a shard, or None where there is none; without generation 0 the shard is undecided."""
     key = _commit_key(record_name(shard_id, generation))
     data = store.find(key)
     return None if data is None else _commit_of(store, key, data)
 
 
+def read_shard(store: ObjectStore, shard_id: str) -> DecidedShard | None:
+    """A shard with all its generations as of now, or None while it is undecided."""
+    commits: list[Commit] = []
+    while (commit := read_commit(store, shard_id, len(commits))) is not None:
+        commits.append(commit)
+    return _decided_shard(shard_id, commits) if commits else None
+
+
 def committed_ids(store: ObjectStore) -> set[str]:
     """The names of all commit records, listed anew: shard ids, and `<shard_id>.r<n>` for later generations."""
-    return {
+    names = {
         info.key.rpartition("/")[2].removesuffix(".json")
         for info in store.list("commits/")
         if info.key.endswith(".json")
     }
+    # While a list is read page by page, a record may come to stand before the place that was reached, and its successor
+    # after it. A generation is never without those before it.
+    for shard_id, generation in map(parse_record_name, tuple(names)):
+        names.update(record_name(shard_id, earlier) for earlier in range(generation))
+    return names
 
 
 def load_commits(store: ObjectStore, ids: Iterable[str] | None = None) -> Iterator[Commit]:
@@ -340,11 +425,11 @@ def publish_snapshot(store: ObjectStore) -> Snapshot:
     """
     while True:
         latest = latest_snapshot(store)
-        number, old = (0, {}) if latest is None else (latest.number, {_name_of(c): c for c in latest.commits})
+        number, old = (0, {}) if latest is None else (latest.number, {name_of(c): c for c in latest.commits})
         new = committed_ids(store) - old.keys()
         if latest is not None and not new:
             return latest
-        commits = old | {_name_of(commit): commit for commit in load_commits(store, new)}
+        commits = old | {name_of(commit): commit for commit in load_commits(store, new)}
         snapshot = _write_segments(store, number + 1, latest, commits)
         data = _snapshot_bytes(snapshot)
         if create_once(store, _snapshot_key(snapshot.number), data) == data:
@@ -373,7 +458,7 @@ def read_snapshot(store: ObjectStore, number: int) -> Snapshot:
             number=value["number"],
             digest=value["digest"],
             segments=segments,
-            commits=tuple(sorted(commits, key=_name_of)),
+            commits=tuple(sorted(commits, key=name_of)),
         )
 
     snapshot = _parsed(store, key, store.get(key), build)
@@ -402,12 +487,8 @@ def _snapshot_bytes(snapshot: Snapshot) -> bytes:
     )
 
 
-def _name_of(commit: Commit) -> str:
-    return record_name(commit.shard_id, commit.generation)
-
-
 def _digest(commits: Iterable[Commit]) -> str:
-    lines = sorted(f"{_name_of(commit)} {commit.nonce}\n" for commit in commits)
+    lines = sorted(f"{name_of(commit)} {commit.nonce}\n" for commit in commits)
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
@@ -416,7 +497,7 @@ def _write_segments(
 ) -> Snapshot:
     """Keeps the full segments of the latest snapshot and packs all other commits anew."""
     kept = [s for s in latest.segments if s.num_commits == SEGMENT_COMMITS] if latest else []
-    packed = {_name_of(commit) for segment in kept for commit in _read_segment(store, segment)}
+    packed = {name_of(commit) for segment in kept for commit in _read_segment(store, segment)}
     loose = [commits[name] for name in sorted(commits.keys() - packed)]
     runs = [loose[start : start + SEGMENT_COMMITS] for start in range(0, len(loose), SEGMENT_COMMITS)]
     segments = (*kept, *(_put_segment(store, run) for run in runs))
@@ -464,6 +545,12 @@ def _commit_of(store: ObjectStore, key: str, data: bytes) -> Commit:
             | {
                 "files": tuple(FileStat(**_known(FileStat, file)) for file in value["files"]),
                 "counts": ShardCounts(**_known(ShardCounts, value["counts"])),
+                "keys": None if value.get("keys") is None else tuple(value["keys"]),
+                "shard_counts": (
+                    None
+                    if value.get("shard_counts") is None
+                    else ShardCounts(**_known(ShardCounts, value["shard_counts"]))
+                ),
             }
         ),
     )

@@ -2,7 +2,8 @@
 
 Not where rows are chosen (`epoch`) or become batches (`dataset`, the caller). A file is only ever reached through the
 commit that names it, and every process checks size and SHA-256 when it opens one. Files of a local folder are mapped
-where they are; those of a remote store are kept in a cache folder that all processes of a machine share.
+where they are; those of a remote store are kept in a cache folder that all processes of a machine share. What several
+generations of a shard say of one sample is merged here.
 """
 
 from __future__ import annotations
@@ -11,21 +12,21 @@ import hashlib
 import os
 import re
 import time
-from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Generic, TypeVar
 from uuid import uuid4
 
 import pyarrow as pa
 
-from pipeline.commit import fetch_data_file
+from pipeline.commit import DecidedShard, decided_shards, fetch_data_file, read_data_file
 from pipeline.errors import DamagedObjectError, StorageNotFoundError
-from pipeline.records import Commit, FileStat
+from pipeline.records import ClipFailure, Commit, FileStat, ShardCounts
 from pipeline.storage import ObjectStore
-from pipeline.stored import RecordFile, StoredRecord, open_records
+from pipeline.stored import RecordFile, StoredRecord, open_records, read_rejections
 
 _READ_COLUMNS = ("caption", "fps", "bucket")
 _MAX_FETCHES = 10
@@ -51,18 +52,109 @@ class DataFile:
     dropped: frozenset[int] = field(default_factory=frozenset)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardOutcome:
+    """What the records of a shard that count say of its samples: ok beats rejected, the lowest ok generation is read.
+
+    Attributes:
+        generations: (key, clip index) of every sample that is ok -> the generation whose row is read.
+        rejections: those that still stand. Of a video that several generations reject, the latest says why.
+        counts: the accounts that follow.
+    """
+
+    generations: Mapping[tuple[str, int], int]
+    rejections: tuple[ClipFailure, ...]
+    counts: ShardCounts
+
+
+def shard_outcome(shard: DecidedShard, store: ObjectStore, cache: FileCache) -> ShardOutcome:
+    """Reads the files of a shard's records that count and merges what they say, sample by sample.
+
+    Raises:
+        DamagedObjectError: the bytes of a file are not those that its record states.
+        StorageNotFoundError: a file is gone.
+    """
+    generations: dict[tuple[str, int], int] = {}
+    num_frames = 0
+    standing: list[tuple[int, ClipFailure]] = []
+    for commit in shard.commits:
+        failures = _failures(commit, store)
+        # A video that could not be read this time keeps the clips that it had, and what was said of the others.
+        unread = {f.key for f in failures if f.clip_index is None} & {key for key, _ in generations}
+        spoken_of = None if commit.keys is None else frozenset(commit.keys)
+        standing = [
+            (generation, failure)
+            for generation, failure in standing
+            if failure.key in unread or (spoken_of is not None and failure.key not in spoken_of)
+        ]
+        standing += [(commit.generation, failure) for failure in failures]
+        stat = _file_with_latents(commit)
+        rows = [] if stat is None else _open(stat, store, cache).read_columns(("key", "clip_index", "num_frames"))
+        for key, clip_index, frames in rows:
+            if (key, clip_index) not in generations:
+                generations[key, clip_index] = commit.generation
+                num_frames += frames
+    ok: dict[str, set[int]] = {}
+    for (key, _), generation in generations.items():
+        ok.setdefault(key, set()).add(generation)
+
+    def stands(generation: int, failure: ClipFailure) -> bool:
+        if failure.clip_index is not None:
+            return (failure.key, failure.clip_index) not in generations
+        # A second video of the same key is rejected beside the first; else a video with a record is not rejected.
+        return failure.reason == "duplicate_key" or not ok.get(failure.key, set()) - {generation}
+
+    rejections = tuple(failure for generation, failure in standing if stands(generation, failure))
+    return ShardOutcome(
+        generations=generations, rejections=rejections, counts=_counts(generations, rejections, num_frames)
+    )
+
+
+def _failures(commit: Commit, store: ObjectStore) -> list[ClipFailure]:
+    files = [file for file in commit.files if file.content == "rejected"]
+    return [failure for file in files for failure in read_rejections(read_data_file(store, file))]
+
+
+def _counts(ok: Iterable[tuple[str, int]], rejections: Sequence[ClipFailure], num_frames: int) -> ShardCounts:
+    with_record = [key for key, _ in ok]
+    clips_rejected = [failure.key for failure in rejections if failure.clip_index is not None]
+    num_videos_ok = len(set(with_record))
+    num_videos_rejected = len(rejections) - len(clips_rejected) + len(set(clips_rejected) - set(with_record))
+    return ShardCounts(
+        num_videos=num_videos_ok + num_videos_rejected,
+        num_videos_ok=num_videos_ok,
+        num_videos_rejected=num_videos_rejected,
+        num_clips=len(with_record) + len(clips_rejected),
+        num_records=len(with_record),
+        num_clips_rejected=len(clips_rejected),
+        num_frames=num_frames,
+        reasons=dict(sorted(Counter(failure.reason for failure in rejections).items())),
+    )
+
+
+def with_shard_counts(commit: Commit, before: Sequence[Commit], store: ObjectStore, cache: FileCache) -> Commit:
+    """A later generation that states the accounts of its whole shard; its files are stored, it is not committed yet.
+
+    Args:
+        before: the generations before it that count; those whose files cannot be read are left out.
+
+    Raises:
+        DamagedObjectError: the bytes of a file are not those that its record states.
+        StorageNotFoundError: a file is gone.
+    """
+    (shard,) = decided_shards([*before, commit])
+    return replace(commit, shard_counts=shard_outcome(shard, store, cache).counts)
+
+
 def data_files(commits: Sequence[Commit], store: ObjectStore, cache: FileCache) -> tuple[DataFile, ...]:
     """The files with latents in the order of their shards; rows that an earlier generation has are dropped."""
     files: list[DataFile] = []
-    by_shard: dict[str, list[Commit]] = {}
-    for commit in sorted(commits, key=lambda commit: (commit.shard_id, commit.generation)):
-        by_shard.setdefault(commit.shard_id, []).append(commit)
-    for shard_id, generations in by_shard.items():
-        stats = [stat for commit in generations if (stat := _file_with_latents(commit)) is not None]
+    for shard in decided_shards(commits):
+        stats = [stat for commit in shard.commits if (stat := _file_with_latents(commit)) is not None]
         if len(stats) == 1 and sum(stats[0].bucket_rows.values()) == stats[0].num_rows:
-            files.append(DataFile(shard_id=shard_id, stat=stats[0], bucket_rows=stats[0].bucket_rows))
+            files.append(DataFile(shard_id=shard.shard_id, stat=stats[0], bucket_rows=stats[0].bucket_rows))
         else:
-            files.extend(_merged_generations(shard_id, stats, store, cache))
+            files.extend(_merged_generations(shard.shard_id, stats, store, cache))
     return tuple(files)
 
 

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from pipeline.commit import latest_snapshot, load_commits, manifest_of_output, read_snapshot
+from pipeline.commit import decided_shards, latest_snapshot, load_commits, manifest_of_output, read_snapshot
 from pipeline.committed import DataFile, FileCache, RowReader, data_files
 from pipeline.epoch import REMAINDERS, WINDOW_FILES, GlobalBatch, Remainder, global_batches, num_batches
 from pipeline.errors import DamagedObjectError, StorageNotFoundError, UsageError
@@ -101,9 +101,10 @@ class LatentDataset(IterableDataset[dict[str, Any]]):
         self._files = data_files(commits, self._store, self._cache)
         self._buckets = sorted({bucket for file in self._files for bucket, rows in file.bucket_rows.items() if rows})
         if not self._buckets:
-            rejected = sum(commit.counts.num_videos_rejected for commit in commits)
+            shards = decided_shards(commits)
+            rejected = sum(shard.counts.num_videos_rejected for shard in shards)
             raise UsageError(
-                f"{uri} holds no latents: {len(commits)} committed shards with {rejected} rejected videos and no record"
+                f"{uri} holds no latents: {len(shards)} committed shards with {rejected} rejected videos and no record"
             )
         self._counts = np.array(
             [[file.bucket_rows.get(bucket, 0) for bucket in self._buckets] for file in self._files], dtype=np.int64
@@ -282,7 +283,7 @@ def data_urls(uri: str, content: Content | None = None, snapshot: int | None = N
     store = open_store(uri)
     manifest_of_output(store)
     commits = load_commits(store) if snapshot is None else read_snapshot(store, snapshot).commits
-    files = [file for commit in commits for file in commit.files]
+    files = [file for shard in decided_shards(commits) for commit in shard.commits for file in commit.files]
     if content is None:
         content = "parquet" if any(file.content == "parquet" for file in files) else "webdataset"
     return [store.url(file.key) for file in files if file.content == content]

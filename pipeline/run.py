@@ -29,6 +29,7 @@ from pipeline.commit import (
     Snapshot,
     check_store,
     committed_ids,
+    decided_shards,
     fingerprint_of,
     load_commits,
     open_dataset,
@@ -318,7 +319,7 @@ class _Ledger:
     ) -> RunSummary:
         """The accounts of every planned shard among the commits."""
         planned = set(self._planned)
-        totals = _sum(commit.counts for commit in commits if commit.shard_id in planned)
+        totals = _sum(shard.counts for shard in decided_shards(commits) if shard.shard_id in planned)
         elapsed_s = time.monotonic() - self._started
         return RunSummary(
             exit_code=exit_code,

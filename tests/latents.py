@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.commit import commit_shard, open_dataset, put_data_file
+from pipeline.commit import commit_shard, name_of, open_dataset, put_data_file, read_shard
+from pipeline.committed import FileCache, with_shard_counts
 from pipeline.format import ShardWriter
 from pipeline.records import (
     Bucket,
@@ -127,9 +128,12 @@ def commit_records(
     rejections: Sequence[ClipFailure] = (),
     *,
     output_format: str = "parquet",
-    generation: int = 0,
+    replaces: str | None = None,
+    keys: Sequence[str] | None = None,
 ) -> Commit:
-    """Writes and commits one shard as an actor does."""
+    """Writes and commits a shard as an actor does; of a shard that is decided, its next generation."""
+    shard = read_shard(store, shard_id)
+    generation = 0 if shard is None else shard.next_generation
     with tempfile.TemporaryDirectory() as folder:
         with ShardWriter(Path(folder), shard_id, about, output_format) as writer:
             for entry in records:
@@ -139,12 +143,22 @@ def commit_records(
             written = writer.finish()
         files = tuple(
             replace(
-                put_data_file(store, file.path, shard_id=shard_id, content=file.content, num_rows=file.num_rows),
+                put_data_file(
+                    store,
+                    file.path,
+                    shard_id=shard_id,
+                    content=file.content,
+                    num_rows=file.num_rows,
+                    generation=generation,
+                ),
                 bucket_rows=file.bucket_rows,
             )
             for file in written
         )
-    num_ok = len({entry.key for entry in records})
+    keys_ok = {entry.key for entry in records}
+    clips_rejected = [failure.key for failure in rejections if failure.clip_index is not None]
+    num_ok = len(keys_ok)
+    num_rejected = len(rejections) - len(clips_rejected) + len(set(clips_rejected) - keys_ok)
     commit = Commit(
         shard_id=shard_id,
         generation=generation,
@@ -155,19 +169,25 @@ def commit_records(
         source_etag=None,
         files=files,
         counts=ShardCounts(
-            num_videos=num_ok + len(rejections),
+            num_videos=num_ok + num_rejected,
             num_videos_ok=num_ok,
-            num_videos_rejected=len(rejections),
-            num_clips=len(records),
+            num_videos_rejected=num_rejected,
+            num_clips=len(records) + len(clips_rejected),
             num_records=len(records),
-            num_clips_rejected=0,
+            num_clips_rejected=len(clips_rejected),
             num_frames=sum(entry.bucket.num_frames for entry in records),
             reasons=dict(Counter(failure.reason for failure in rejections)),
         ),
         format_version=1,
         code_version="0",
         created_at="2026-01-01T00:00:00+00:00",
+        replaces=replaces,
+        keys=None if keys is None else tuple(keys),
     )
+    if shard is not None:
+        before = [earlier for earlier in shard.commits if name_of(earlier) != replaces]
+        with tempfile.TemporaryDirectory() as folder:
+            commit = with_shard_counts(commit, before, store, FileCache(Path(folder), 1 << 30))
     assert commit_shard(store, commit) == "committed"
     return commit
 

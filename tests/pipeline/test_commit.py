@@ -29,21 +29,26 @@ from servers import BIN, FaultProxy, free_ports, s3_variables, stop, wait_for_ht
 import pipeline.commit
 import pipeline.store
 from pipeline.commit import (
+    DecidedShard,
     check_store,
     commit_shard,
     committed_ids,
     create_once,
+    decided_shards,
     fetch_data_file,
     fingerprint_of,
     latest_snapshot,
     load_commits,
     open_dataset,
+    parse_record_name,
     publish_snapshot,
     put_data_file,
     read_commit,
     read_data_file,
     read_manifest,
+    read_shard,
     read_snapshot,
+    record_name,
 )
 from pipeline.errors import (
     ConfigMismatchError,
@@ -265,12 +270,99 @@ def test_racing_processes_all_see_the_same_winner_of_every_shard(store: ObjectSt
 
 
 def test_a_commit_comes_back_as_it_was_written(store: ObjectStore) -> None:
-    commit = make_commit(source_uri="/in/ümlaut \udcff.tar", source_etag='"e"', generation=2)
+    commit = make_commit(source_uri="/in/ümlaut \udcff.tar", source_etag='"e"')
     commit_shard(store, commit)
-    assert read_commit(store, commit.shard_id) is None
-    assert read_commit(store, commit.shard_id, generation=2) == commit
-    assert committed_ids(store) == {f"{commit.shard_id}.r2"}
-    assert list(load_commits(store)) == [commit]
+    retry = later_generation(commit, 1, keys=("ümlaut \udcff", "b"))
+    commit_shard(store, retry)
+    assert read_commit(store, commit.shard_id) == commit
+    assert read_commit(store, commit.shard_id, generation=1) == retry
+    assert read_commit(store, commit.shard_id, generation=2) is None
+    assert committed_ids(store) == {commit.shard_id, f"{commit.shard_id}.r1"}
+    assert list(load_commits(store)) == [commit, retry]
+    assert publish_snapshot(store).commits == (commit, retry)
+    assert latest_snapshot(store) == publish_snapshot(store)
+
+
+def later_generation(first: Commit, generation: int, num_records: int = 1, **changes: Any) -> Commit:
+    counts = make_commit(num_records=num_records).counts
+    total = make_commit(num_records=first.counts.num_records + generation * num_records).counts
+    changes = {"generation": generation, "counts": counts, "shard_counts": total, "nonce": uuid.uuid4().hex} | changes
+    return dataclasses.replace(first, **changes)
+
+
+def test_a_shard_is_what_its_generations_together_say(store: ObjectStore) -> None:
+    first = make_commit("a")
+    assert read_shard(store, "a") is None
+    commit_shard(store, first)
+    assert read_shard(store, "a") == DecidedShard(
+        shard_id="a", commits=(first,), counts=first.counts, next_generation=1
+    )
+    retry = later_generation(first, 1)
+    repair = later_generation(first, 2, replaces="a")
+    repaired_again = later_generation(first, 3, replaces="a.r2")
+    for commit in (retry, repair, repaired_again):
+        commit_shard(store, commit)
+    shard = read_shard(store, "a")
+    assert shard is not None
+    assert shard.commits == (retry, repaired_again)
+    assert shard.counts == repaired_again.shard_counts
+    assert shard.next_generation == 4
+    other = make_commit("b", num_records=7)
+    commit_shard(store, other)
+    snapshot = publish_snapshot(store)
+    assert decided_shards(snapshot.commits) == (shard, read_shard(store, "b"))
+    assert snapshot.num_records == 5 + 7
+    assert json.loads(store.get(f"snapshots/{snapshot.number:012d}.json"))["num_records"] == 12
+
+
+def test_a_generation_made_from_an_older_state_loses(store: ObjectStore) -> None:
+    first = make_commit("a")
+    commit_shard(store, first)
+    retry, late = later_generation(first, 1), later_generation(first, 1)
+    assert commit_shard(store, retry) == "committed"
+    assert commit_shard(store, late) == "lost_race"
+    assert commit_shard(store, retry) == "committed"
+    repair, late = later_generation(first, 2, replaces="a"), later_generation(first, 2, replaces="a")
+    assert commit_shard(Wayward(store, landed_and_refused_when_repeated), repair) == "committed"  # type: ignore[arg-type]
+    assert commit_shard(Wayward(store, never_arrived), late) == "lost_race"  # type: ignore[arg-type]
+    assert [commit.nonce for commit in load_commits(store)] == [first.nonce, retry.nonce, repair.nonce]
+
+
+def test_no_generation_is_skipped(store: ObjectStore) -> None:
+    first = make_commit("a")
+    with pytest.raises(StorageNotFoundError):
+        commit_shard(store, later_generation(first, 1))
+    commit_shard(store, first)
+    with pytest.raises(StorageNotFoundError):
+        commit_shard(store, later_generation(first, 2))
+    with pytest.raises(AssertionError, match=r"cannot replace a\.r1"):
+        commit_shard(store, later_generation(first, 1, replaces="a.r1"))
+    assert committed_ids(store) == {"a"}
+
+
+def test_a_list_that_missed_a_generation_is_completed_from_its_successor(store: ObjectStore) -> None:
+    first = make_commit("a")
+    retries = [later_generation(first, generation) for generation in (1, 2)]
+    for commit in (first, *retries):
+        commit_shard(store, commit)
+
+    class Torn(Wayward):
+        def list(self, prefix: str) -> Iterator[Any]:
+            return (info for info in self.store.list(prefix) if not info.key.endswith(("/a.json", "/a.r1.json")))
+
+    snapshot = publish_snapshot(Torn(store))  # type: ignore[arg-type]
+    assert snapshot.commits == (first, *retries)
+
+
+@pytest.mark.parametrize("shard_id", ["00000-1234abcd", "a.b-1234abcd", "x.r0", "x.r1-1234abcd"])
+@pytest.mark.parametrize("generation", [0, 1, 12])
+def test_a_record_name_gives_shard_and_generation_back(shard_id: str, generation: int) -> None:
+    assert parse_record_name(record_name(shard_id, generation)) == (shard_id, generation)
+
+
+def test_a_shard_id_that_could_be_taken_for_a_generation_is_refused() -> None:
+    with pytest.raises(AssertionError, match="like the name of a later generation"):
+        record_name("video.r1")
 
 
 def test_commits_load_in_the_order_of_their_names_and_a_missing_one_is_an_error(store: ObjectStore) -> None:
@@ -342,6 +434,8 @@ def test_a_data_file_is_named_by_its_content(content: Any, extension: str, store
         content=content,
     )
     assert file == put_data_file(store, tmp_path / "x", shard_id="00000-1234abcd", content=content, num_rows=3)
+    later = put_data_file(store, tmp_path / "x", shard_id="00000-1234abcd", content=content, num_rows=3, generation=2)
+    assert later.key == f"data/{sha256[:2]}/00000-1234abcd.r2-{sha256[:16]}.{extension}"
     assert read_data_file(store, file) == b"rows"
     fetch_data_file(store, file, tmp_path / "back")
     assert (tmp_path / "back").read_bytes() == b"rows"

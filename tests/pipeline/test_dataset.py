@@ -268,7 +268,7 @@ def test_of_several_generations_of_a_shard_the_lowest_counts(tmp_path: Path) -> 
     first = [record("a"), record("b")]
     again = [record("b", caption="of the retry"), record("c", caption="of the retry"), record("c", 1, WIDE)]
     commit_records(store, about, "s", first, [rejection("c")])
-    commit_records(store, about, "s", again, generation=1)
+    commit_records(store, about, "s", again, keys=["b", "c"])
     dataset = LatentDataset(str(tmp_path), batch_size=2)
     found = {name: text for batch in dataset for name, text in zip(names(batch), batch["caption"], strict=True)}
     assert found == {
@@ -278,6 +278,45 @@ def test_of_several_generations_of_a_shard_the_lowest_counts(tmp_path: Path) -> 
         ("c", 1): "caption of c",
     }
     assert dataset.num_records == 4
+
+
+def test_a_record_that_was_replaced_is_not_read_and_an_older_snapshot_still_reads_it(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    about = open_dataset(store, manifest())
+    commit_records(store, about, "s", [record("a", caption="before"), record("b", caption="before")])
+    before = publish_snapshot(store)
+    commit_records(store, about, "s", [record("a", caption="after"), record("b", caption="after")], replaces="s")
+    after = publish_snapshot(store)
+
+    def captions(snapshot: int) -> set[str]:
+        return {text for batch in LatentDataset(str(tmp_path), snapshot=snapshot) for text in batch["caption"]}
+
+    assert captions(before.number) == {"before"}
+    assert captions(after.number) == {"after"}
+    assert len(data_urls(str(tmp_path))) == 1
+    assert data_urls(str(tmp_path), snapshot=before.number) != data_urls(str(tmp_path), snapshot=after.number)
+
+
+def test_a_pinned_reader_sees_nothing_of_what_is_written_meanwhile(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    about = open_dataset(store, manifest())
+    commit_records(store, about, "s", [record("a"), record("b")], [rejection("c")])
+    publish_snapshot(store)
+    dataset = LatentDataset(str(tmp_path), batch_size=1)
+    state = dataset.state_dict()
+    expected = list(itertools.chain(*order(dataset)))
+    found = []
+    for number, batch in enumerate(dataset):
+        found += names(batch)
+        commit_records(store, about, f"new-{number}", [record(f"n{number}")])
+        commit_records(store, about, "s", [record("c", number)], keys=["c"])
+        publish_snapshot(store)
+    assert found == expected
+    assert dataset.state_dict()["data"] == state["data"]
+    assert LatentDataset(str(tmp_path)).num_records == 6
+    again = LatentDataset(str(tmp_path), batch_size=1, snapshot=state["snapshot"])
+    again.load_state_dict(state)
+    assert list(itertools.chain(*order(again))) == expected
 
 
 def test_posterior_samples_are_the_same_for_any_split_and_new_in_every_epoch(tmp_path: Path) -> None:
