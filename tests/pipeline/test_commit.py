@@ -17,13 +17,13 @@ import signal
 import subprocess
 import sys
 import threading
-import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
+from commits import later_generation, make_commit
 from servers import BIN, FaultProxy, free_ports, s3_variables, stop, wait_for_http
 
 import pipeline.commit
@@ -60,7 +60,7 @@ from pipeline.errors import (
     StorageUnavailableError,
     UsageError,
 )
-from pipeline.records import Commit, DatasetManifest, FileStat, ModelFacts, ShardCounts
+from pipeline.records import DatasetManifest, FileStat, ModelFacts
 from pipeline.storage import ObjectStore, open_store
 
 Answer = Callable[["Wayward", str, bytes], None]
@@ -119,34 +119,6 @@ def rival_lands_and_the_answer_is_lost(wayward: Wayward, key: str, data: bytes) 
 
 def rival_of(data: bytes) -> bytes:
     return json.dumps(json.loads(data) | {"nonce": "rival"}).encode()
-
-
-def make_commit(shard_id: str = "00000-1234abcd", num_records: int = 2, **changes: Any) -> Commit:
-    counts = ShardCounts(
-        num_videos=num_records,
-        num_videos_ok=num_records,
-        num_videos_rejected=0,
-        num_clips=num_records,
-        num_records=num_records,
-        num_clips_rejected=0,
-        num_frames=17 * num_records,
-        reasons={},
-    )
-    commit = Commit(
-        shard_id=shard_id,
-        generation=0,
-        nonce=uuid.uuid4().hex,
-        fingerprint="f" * 64,
-        source_uri=f"/in/{shard_id}.tar",
-        source_size_bytes=1000,
-        source_etag=None,
-        files=(FileStat(key="data/aa/x.parquet", num_bytes=1, sha256="a" * 64, num_rows=2, content="parquet"),),
-        counts=counts,
-        format_version=1,
-        code_version="0.1.0",
-        created_at="2026-01-01T00:00:00+00:00",
-    )
-    return dataclasses.replace(commit, **changes)
 
 
 def make_manifest(**changes: object) -> DatasetManifest:
@@ -281,13 +253,6 @@ def test_a_commit_comes_back_as_it_was_written(store: ObjectStore) -> None:
     assert list(load_commits(store)) == [commit, retry]
     assert publish_snapshot(store).commits == (commit, retry)
     assert latest_snapshot(store) == publish_snapshot(store)
-
-
-def later_generation(first: Commit, generation: int, num_records: int = 1, **changes: Any) -> Commit:
-    counts = make_commit(num_records=num_records).counts
-    total = make_commit(num_records=first.counts.num_records + generation * num_records).counts
-    changes = {"generation": generation, "counts": counts, "shard_counts": total, "nonce": uuid.uuid4().hex} | changes
-    return dataclasses.replace(first, **changes)
 
 
 def test_a_shard_is_what_its_generations_together_say(store: ObjectStore) -> None:
