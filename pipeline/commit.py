@@ -417,6 +417,16 @@ def load_commits(store: ObjectStore, ids: Iterable[str] | None = None) -> Iterat
         yield from pool.map(lambda key: _commit_of(store, key, store.get(key)), keys)
 
 
+def known_commits(store: ObjectStore) -> tuple[Commit, ...]:
+    """Every commit of now, sorted by name; those of the latest snapshot are not read one by one."""
+    latest = latest_snapshot(store)
+    known = {} if latest is None else {name_of(commit): commit for commit in latest.commits}
+    names = committed_ids(store)
+    known = {name: commit for name, commit in known.items() if name in names}
+    known |= {name_of(commit): commit for commit in load_commits(store, names - known.keys())}
+    return tuple(known[name] for name in sorted(known))
+
+
 def publish_snapshot(store: ObjectStore) -> Snapshot:
     """A snapshot that holds every commit there is: the latest one if nothing was committed since, else a new one.
 

@@ -162,6 +162,11 @@ def digest_of_versions(versions: Mapping[str, str]) -> str:
     return f"files-{hashlib.sha256(text.encode()).hexdigest()[:32]}"
 
 
+def is_other_version(then: tuple[int | None, str | None], now: tuple[int | None, str | None]) -> bool:
+    """Whether two pairs of size and etag are of different files; what is not known of one is not compared."""
+    return any(a is not None and b is not None and a != b for a, b in zip(then, now, strict=True))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Slice:
     """A shard of a table or folder as it stands under plans/.

@@ -43,9 +43,15 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-from pipeline.commit import create_once
+from pipeline.commit import DecidedShard, create_once
 from pipeline.config import SourceConfig
-from pipeline.errors import RejectionError, StorageDeniedError, StorageNotFoundError, UsageError
+from pipeline.errors import (
+    DamagedObjectError,
+    RejectionError,
+    StorageDeniedError,
+    StorageNotFoundError,
+    UsageError,
+)
 from pipeline.format import column_name
 from pipeline.inputs import (
     COMPRESSIONS,
@@ -54,6 +60,7 @@ from pipeline.inputs import (
     SliceEntry,
     TarStream,
     extension_of,
+    is_other_version,
     key_problem,
     parse_object,
     read_slice,
@@ -61,7 +68,7 @@ from pipeline.inputs import (
     tar_suffix,
     version_of,
 )
-from pipeline.records import ShardSpec
+from pipeline.records import Commit, ShardSpec
 from pipeline.storage import InputFile, ObjectStore, list_inputs, open_input
 
 _TABLES = ("parquet", "csv", "jsonl", "ndjson")
@@ -107,6 +114,87 @@ def plan_shards(source: SourceConfig, store: ObjectStore, *, write: bool = True)
         raise UsageError(f"--input: {source.input} has no rows, so there is nothing to encode")
     _refuse_equal_ids(specs)
     return specs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InputChange:
+    """An input that is another one now than when it was encoded; the output keeps the latents of then.
+
+    Attributes:
+        shard_id: of the shard that holds what it was.
+        uri: the tar, or the file of a slice.
+        encoded, found: size and etag or time of change, as `inputs.version_of` states them; `encoded` is "as planned"
+            where the plan of the slice says it.
+    """
+
+    shard_id: str
+    uri: str
+    encoded: str
+    found: str
+
+
+def changed_inputs(specs: Iterable[ShardSpec], shards: Mapping[str, DecidedShard]) -> list[InputChange]:
+    """Of decided shards, the inputs that changed under their names since they were encoded.
+
+    Args:
+        specs: as `plan_shards` gave them now.
+        shards: the decided ones by id.
+    """
+    changes: list[InputChange] = []
+    for spec in specs:
+        shard = shards.get(spec.shard_id)
+        if shard is None:
+            continue
+        if spec.kind == "tar":
+            then, now = _stated(shard.commits[0]), (spec.source_size_bytes, spec.source_etag)
+            if is_other_version(then, now):
+                encoded, found = (f"{num_bytes}:{etag or ''}" for num_bytes, etag in (then, now))
+                changes.append(InputChange(shard_id=spec.shard_id, uri=spec.source_uri, encoded=encoded, found=found))
+        for uri, found in spec.changed.items():
+            encoded_as = [commit.source_changes[uri] for commit in shard.commits if uri in commit.source_changes]
+            if found not in encoded_as:
+                encoded = encoded_as[-1] if encoded_as else "as planned"
+                changes.append(InputChange(shard_id=spec.shard_id, uri=uri, encoded=encoded, found=found))
+    return changes
+
+
+def _stated(commit: Commit) -> tuple[int | None, str | None]:
+    return commit.source_size_bytes, commit.source_etag
+
+
+def planned_slices(store: ObjectStore) -> list[ShardSpec]:
+    """The shards of every table and folder that was ever planned in an output, from what stands under its plans/.
+
+    Raises:
+        DamagedObjectError: a round cannot be read.
+    """
+    rounds: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for key in sorted(info.key for info in store.list("plans/")):
+        if match := _ROUND_KEY.fullmatch(key):
+            rounds[match[1]].append(_read_round(store, key))
+    specs = []
+    for documents in rounds.values():
+        slices = [cut for document in documents for cut in document["slices"]]
+        source_uri = documents[0]["source"]
+        specs += [_slice_spec(source_uri, n, cut["key"], cut["num_videos"]) for n, cut in enumerate(slices)]
+    return specs
+
+
+_ROUND_KEY = re.compile(r"plans/([^/]+)/round-\d+\.json")
+
+
+def _read_round(store: ObjectStore, key: str) -> dict[str, Any]:
+    try:
+        document: dict[str, Any] = json.loads(store.get(key))
+        assert all(isinstance(cut["num_videos"], int) and cut["key"] for cut in document["slices"])
+        assert isinstance(document["source"], str)
+        assert isinstance(document["covered"], dict)
+    except (ValueError, KeyError, TypeError, AssertionError) as error:
+        raise DamagedObjectError(
+            f"{store.url(key)} cannot be read as a round of a plan: {error!r:.200}; restore it, or encode into a new "
+            "output"
+        ) from error
+    return document
 
 
 def infer_passthrough(
@@ -230,6 +318,26 @@ def _refuse_equal_ids(specs: Sequence[ShardSpec]) -> None:
             )
 
 
+def _stem(source_uri: str) -> str:
+    return posixpath.splitext(posixpath.basename(re.sub(r"/[^/]*[*?\[].*", "", source_uri)))[0]
+
+
+def _slice_spec(
+    source: str, number: int, plan_key: str, num_videos: int, changed: Mapping[str, str] | None = None
+) -> ShardSpec:
+    source_uri = f"{source}#slice={number}"
+    return ShardSpec(
+        shard_id=_shard_id(f"{_stem(source)}-{number:05d}", source_uri),
+        source_uri=source_uri,
+        kind="slice",
+        plan_key=plan_key,
+        source_size_bytes=None,
+        source_etag=None,
+        num_videos=num_videos,
+        changed=changed or {},
+    )
+
+
 class _SlicePlan(ABC):
     """The rounds of one table, folder or glob: those that stand, and one more for what they do not cover."""
 
@@ -237,8 +345,7 @@ class _SlicePlan(ABC):
         self._source = source
         self._store = store
         self._source_uri = source_uri
-        self._stem = posixpath.splitext(posixpath.basename(re.sub(r"/[^/]*[*?\[].*", "", source_uri)))[0]
-        self._folder = f"plans/{_shard_id(self._stem, source_uri)}"
+        self._folder = f"plans/{_shard_id(_stem(source_uri), source_uri)}"
 
     @abstractmethod
     def _new_entries(self, rounds: Sequence[Mapping[str, Any]], covered: dict[str, object]) -> Iterator[SliceEntry]:
@@ -271,13 +378,13 @@ class _SlicePlan(ABC):
                     continue
             changed = self._changed(rounds)
             return [
-                self._spec(number, *entry, changed.get(number, {}))
+                _slice_spec(self._source_uri, number, *entry, changed.get(number))
                 for number, entry in enumerate([*slices, *new_slices])
             ]
 
     def _rounds(self) -> list[dict[str, Any]]:
         keys = [info.key for info in self._store.list(f"{self._folder}/round-")]
-        rounds = [json.loads(self._store.get(key)) for key in sorted(keys)]
+        rounds = [_read_round(self._store, key) for key in sorted(keys)]
         for key, document in zip(keys, rounds, strict=True):
             if document["source"] != self._source_uri:
                 raise UsageError(
@@ -302,19 +409,6 @@ class _SlicePlan(ABC):
             for upload in uploads:
                 upload.result()
         return written
-
-    def _spec(self, number: int, plan_key: str, num_videos: int, changed: Mapping[str, str]) -> ShardSpec:
-        source_uri = f"{self._source_uri}#slice={number}"
-        return ShardSpec(
-            shard_id=_shard_id(f"{self._stem}-{number:05d}", source_uri),
-            source_uri=source_uri,
-            kind="slice",
-            plan_key=plan_key,
-            source_size_bytes=None,
-            source_etag=None,
-            num_videos=num_videos,
-            changed=changed,
-        )
 
 
 def _batches(entries: Iterable[SliceEntry], samples_per_shard: int | None) -> Iterator[list[SliceEntry]]:

@@ -1,0 +1,326 @@
+"""What of a decided shard is encoded again: rejections that are tried once more, and records whose files are damaged.
+
+Not how it is encoded (`actors`, which calls `begin` and `finish`), and not what counts afterwards (`commit`). `run`
+asks for `retries` and `repairs`; `cli` orders repairs from what `audit` found.
+
+A **retry** is asked for by the reasons of rejections. Its generation holds the videos that were rejected for these
+reasons, and stands beside the earlier ones. Every generation that speaks of a video is one attempt at it, and who spent
+`--max-attempts` of them is not taken up again: a command that runs every night does not try a hopeless video for ever.
+
+A **repair** is ordered by record, because damage is found by another process than the one that encodes:
+
+    repairs/<record>/<number>.json         create-once: the files of this record are damaged
+    repairs/<record>/<number>.done.json    create-once: they were put back; without one, a record may `replace` this one
+
+What was encoded again has the same bytes as a rule, and is put back under its name. Other bytes become a generation
+that replaces the damaged record, unless the input is another one than then: nobody asked for that.
+
+Whoever starts from an older state than another one that is at it loses, reads anew and does what is left.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from pipeline.commit import (
+    DecidedShard,
+    commit_shard,
+    create_once,
+    name_of,
+    parse_record_name,
+    put_data_file,
+    read_data_file,
+    read_shard,
+    record_name,
+)
+from pipeline.committed import FileCache, shard_outcome, with_shard_counts
+from pipeline.errors import DamagedObjectError, StorageError, StorageNotFoundError
+from pipeline.format import WrittenFile
+from pipeline.inputs import is_other_version
+from pipeline.records import ClipFailure, Commit, FileStat, Redo, ShardSpec
+from pipeline.storage import ObjectStore, sha256_of_file
+from pipeline.stored import read_rejections
+
+_ORDER_KEY = re.compile(r"repairs/([^/]+)/(\d{6})(\.done)?\.json")
+# The key of the rejection that stands for all that could not be read of a damaged tar.
+_REST = "*"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Retries:
+    """The retries of a run.
+
+    Attributes:
+        specs: one for each shard that has something to retry.
+        num_videos: videos that they hold, the unread rest of a tar counting as one.
+        num_spent: videos that had all their attempts.
+        refused: shard id -> why nothing of it, or not all, can be retried.
+    """
+
+    specs: tuple[ShardSpec, ...]
+    num_videos: int
+    num_spent: int
+    refused: Mapping[str, str]
+
+
+def retries(
+    store: ObjectStore,
+    specs: Iterable[ShardSpec],
+    shards: Mapping[str, DecidedShard],
+    reasons: Collection[str],
+    *,
+    max_attempts: int,
+    changed: Mapping[str, Collection[str]],
+    cache: FileCache,
+) -> Retries:
+    """What of the decided shards is rejected for these reasons and may be tried again.
+
+    A file that was rejected as a whole is tried as it is now, replaced or not. A video of which some clips are encoded
+    is not once its file is another one, or its clips would come from two files; nor is anything of a tar that changed.
+
+    Args:
+        specs: as planned.
+        shards: the decided ones by id.
+        max_attempts: at one video, the first included.
+        changed: shard id -> its inputs that changed since they were encoded.
+        cache: for the files that must be read.
+
+    Raises:
+        StorageError: a store does not answer.
+    """
+    found: list[ShardSpec] = []
+    num_videos = num_spent = 0
+    refused: dict[str, str] = {}
+    for spec in specs:
+        shard = shards.get(spec.shard_id)
+        if shard is None or not shard.counts.reasons.keys() & set(reasons):
+            continue
+        inputs = frozenset(changed.get(spec.shard_id, ()))
+        if spec.source_uri in inputs:
+            refused[spec.shard_id] = (
+                f"{spec.source_uri} changed since it was encoded; give it another name to encode it"
+            )
+            continue
+        try:
+            failures = [failure for failure in _rejections_of(store, shard) if failure.reason in reasons]
+            # Looked at before the files with latents, which are large, so that spent videos cost little.
+            spent = {failure.key for failure in failures if _num_attempts(shard, failure.key) >= max_attempts}
+            if {failure.key for failure in failures} <= spent:
+                num_spent += len(spent)
+                continue
+            standing = [f for f in shard_outcome(shard, store, cache).rejections if f.reason in reasons]
+        except (DamagedObjectError, StorageNotFoundError) as error:
+            refused[spec.shard_id] = f"{error}; `latentmill verify --requeue` orders a repair"
+            continue
+        mixed = {failure.key for failure in standing if failure.clip_index is not None and failure.source_uri in inputs}
+        if mixed:
+            refused[spec.shard_id] = (
+                f"the files of {', '.join(sorted(mixed)[:3])} changed since clips of them were encoded"
+            )
+        keys = {failure.key for failure in standing} - mixed
+        num_spent += len(keys & spent)
+        keys -= spent
+        if keys:
+            num_videos += len(keys)
+            wanted = None if _REST in keys else tuple(sorted(keys))
+            found.append(_redo_spec(spec, shard.next_generation, replaces=None, keys=wanted))
+    return Retries(specs=tuple(found), num_videos=num_videos, num_spent=num_spent, refused=refused)
+
+
+def _rejections_of(store: ObjectStore, shard: DecidedShard) -> Iterator[ClipFailure]:
+    for file in (file for commit in shard.commits for file in commit.files if file.content == "rejected"):
+        yield from read_rejections(read_data_file(store, file))
+
+
+def _num_attempts(shard: DecidedShard, key: str) -> int:
+    return sum(commit.keys is None or key in commit.keys for commit in shard.commits)
+
+
+def _redo_spec(spec: ShardSpec, generation: int, *, replaces: str | None, keys: tuple[str, ...] | None) -> ShardSpec:
+    redo = Redo(shard_id=spec.shard_id, generation=generation, replaces=replaces, keys=keys)
+    return replace(spec, shard_id=record_name(spec.shard_id, generation), redo=redo)
+
+
+def order_repair(store: ObjectStore, record: str, why: Sequence[str]) -> bool:
+    """Orders that the shard of a damaged record be encoded again; False where an order stands that is not done yet."""
+    last = max((number for name, number, _ in _orders(store, record) if name == record), default=0)
+    if last and not any(number == last and is_done for name, number, is_done in _orders(store, record)):
+        return False
+    document = json.dumps({"version": 1, "record": record, "why": list(why)[:20]}, sort_keys=True).encode()
+    create_once(store, _order_key(record, last + 1), document)
+    return True
+
+
+def ordered_repairs(store: ObjectStore, shards: Mapping[str, DecidedShard]) -> list[str]:
+    """Names of the records that are to be repaired and still count, sorted."""
+    last: dict[str, dict[int, bool]] = {}
+    for record, number, is_done in _orders(store):
+        orders = last.setdefault(record, {})
+        orders[number] = orders.get(number, False) or is_done
+    open_orders = [record for record, orders in last.items() if not orders[max(orders)]]
+    counting = {name_of(commit) for shard in shards.values() for commit in shard.commits}
+    return sorted(record for record in open_orders if record in counting)
+
+
+def repairs(
+    specs: Mapping[str, ShardSpec], shards: Mapping[str, DecidedShard], records: Iterable[str]
+) -> list[ShardSpec]:
+    """The repairs of the named records, as far as their shards are among those planned."""
+    found: list[ShardSpec] = []
+    for record in records:
+        shard_id, _ = parse_record_name(record)
+        shard = shards[shard_id]
+        if shard_id in specs:
+            keys = next(commit.keys for commit in shard.commits if name_of(commit) == record)
+            num_before = sum(other.base_id == shard_id for other in found)
+            spec = _redo_spec(specs[shard_id], shard.next_generation + num_before, replaces=record, keys=keys)
+            found.append(spec)
+    return found
+
+
+def _orders(store: ObjectStore, record: str = "") -> list[tuple[str, int, bool]]:
+    """(record, number, whether it is the mark that it is done) of every order, or of those of one record."""
+    listed = store.list(f"repairs/{record}/" if record else "repairs/")
+    matches = [match for info in listed if (match := _ORDER_KEY.fullmatch(info.key))]
+    return [(match[1], int(match[2]), match[3] is not None) for match in matches]
+
+
+def _order_key(record: str, number: int, ending: str = "") -> str:
+    return f"repairs/{record}/{number:06d}{ending}.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Begun:
+    """A redo as it stands when somebody begins with it.
+
+    Attributes:
+        shard: as read now.
+        keys: the videos that are left to encode; None for all.
+        elsewhere: (key, clip index) of the samples that other records have as ok; the new one leaves them out.
+    """
+
+    redo: Redo
+    shard: DecidedShard
+    keys: tuple[str, ...] | None
+    elsewhere: frozenset[tuple[str, int]]
+
+
+def begin(store: ObjectStore, redo: Redo, cache: FileCache) -> Begun | None:
+    """What is left of a redo, or None where others did it.
+
+    Raises:
+        StorageError: the records or the files of the shard cannot be read.
+    """
+    shard = read_shard(store, redo.shard_id)
+    if shard is None:
+        raise StorageError(f"shard {redo.shard_id} has no record any more, so it cannot be encoded again")
+    if redo.replaces is not None:
+        if all(name_of(commit) != redo.replaces for commit in shard.commits):
+            return None
+        # Not read, because they cannot be: the record that is repaired, and others that are damaged as well.
+        others = _readable(store, replace(shard, commits=_others(shard, redo.replaces)), cache)
+        elsewhere = shard_outcome(others, store, cache).generations if others.commits else {}
+        return Begun(redo=redo, shard=shard, keys=redo.keys, elsewhere=frozenset(elsewhere))
+    later = [c for c in shard.commits if c.generation >= redo.generation and c.replaces is None]
+    keys = redo.keys
+    if later and (keys is None or any(commit.keys is None for commit in later)):
+        return None
+    if keys is not None:
+        spoken_of = {key for commit in later for key in commit.keys or ()}
+        keys = tuple(key for key in keys if key not in spoken_of)
+        if not keys:
+            return None
+    return Begun(redo=redo, shard=shard, keys=keys, elsewhere=frozenset(shard_outcome(shard, store, cache).generations))
+
+
+def _others(shard: DecidedShard, record: str) -> tuple[Commit, ...]:
+    return tuple(commit for commit in shard.commits if name_of(commit) != record)
+
+
+def _readable(store: ObjectStore, shard: DecidedShard, cache: FileCache) -> DecidedShard:
+    readable = []
+    for commit in shard.commits:
+        try:
+            shard_outcome(replace(shard, commits=(commit,)), store, cache)
+        except (DamagedObjectError, StorageNotFoundError):
+            continue
+        readable.append(commit)
+    return replace(shard, commits=tuple(readable))
+
+
+def finish(
+    store: ObjectStore, begun: Begun, draft: Commit, written: Sequence[WrittenFile], cache: FileCache
+) -> Literal["committed", "lost_race", "restored"]:
+    """Stores what was encoded again and makes it count.
+
+    Args:
+        draft: the record to be, without files; its generation, `replaces`, `keys` and accounts are filled in here.
+        written: its files.
+
+    Raises:
+        StorageError: the input of a repair changed; or another run appended a generation meanwhile and something is
+            left to do, so that the shard must be tried again.
+    """
+    shard, redo = begun.shard, begun.redo
+    damaged = next((commit for commit in shard.commits if name_of(commit) == redo.replaces), None)
+    if damaged is not None:
+        if _are_same_bytes(damaged, written):
+            for file in written:
+                _put(store, damaged.shard_id, damaged.generation, file)
+            _mark_done(store, name_of(damaged))
+            return "restored"
+        _refuse_other_input(damaged, draft)
+    generation = shard.next_generation
+    draft = replace(
+        draft,
+        shard_id=shard.shard_id,
+        generation=generation,
+        files=tuple(_put(store, shard.shard_id, generation, file) for file in written),
+        replaces=redo.replaces,
+        keys=begun.keys,
+    )
+    before = shard.commits
+    if redo.replaces is not None:
+        before = _readable(store, replace(shard, commits=_others(shard, redo.replaces)), cache).commits
+    if commit_shard(store, with_shard_counts(draft, before, store, cache)) == "committed":
+        return "committed"
+    if begin(store, redo, cache) is None:
+        return "lost_race"
+    raise StorageError(
+        f"shard {shard.shard_id}: another run appended generation {generation} meanwhile, and not all that was asked "
+        "for is in it; the rest is tried again"
+    )
+
+
+def _put(store: ObjectStore, shard_id: str, generation: int, file: WrittenFile) -> FileStat:
+    stat = put_data_file(
+        store, file.path, shard_id=shard_id, content=file.content, num_rows=file.num_rows, generation=generation
+    )
+    return replace(stat, bucket_rows=file.bucket_rows)
+
+
+def _are_same_bytes(damaged: Commit, written: Sequence[WrittenFile]) -> bool:
+    stated = {file.content: file.sha256 for file in damaged.files}
+    return stated == {file.content: sha256_of_file(file.path) for file in written}
+
+
+def _refuse_other_input(damaged: Commit, draft: Commit) -> None:
+    then, now = (
+        (commit.source_size_bytes, commit.source_etag, dict(commit.source_changes)) for commit in (damaged, draft)
+    )
+    if is_other_version(then[:2], now[:2]) or then[2] != now[2]:
+        raise StorageError(
+            f"record {name_of(damaged)} is damaged and cannot be repaired from {damaged.source_uri}, which is not what "
+            f"it was then: size, etag and changed files were {then} and are {now}. Restore the input, or the files of "
+            "the record; a repair must not bring in what another input holds"
+        )
+
+
+def _mark_done(store: ObjectStore, record: str) -> None:
+    number = max((number for name, number, _ in _orders(store, record) if name == record), default=0)
+    if number:
+        create_once(store, _order_key(record, number, ".done"), b'{"outcome": "restored"}')
