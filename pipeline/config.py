@@ -266,6 +266,9 @@ class DecodeLimits:
     decode_timeout_s: float = option(
         "seconds that a decode child may stay silent", number("decode-timeout-s", 0.5, 1e5), 60.0
     )
+    max_decode_cpu_s: float = option(
+        "seconds that decoding one file may compute", number("max-decode-cpu-s", 1, 1e6), 14_400.0
+    )
     decode_memory_bytes: int = option("address space of a decode child", whole("decode-memory-bytes", 1 << 28), 4 << 30)
     videos_per_child: int = option("videos after which a decode child is replaced", whole("videos-per-child", 1), 200)
     decode_processes: int | None = option(
@@ -287,6 +290,20 @@ class RunConfig:
         None,
     )
     max_attempts: int = option("attempts at a shard before it is left undone", whole("max-attempts", 1), 3)
+    silence_timeout_s: float = option(
+        "seconds after which an actor that does not answer is taken for frozen and replaced",
+        number("silence-timeout-s", 1, 1e5),
+        60.0,
+    )
+    stall_timeout_s: float = option(
+        "seconds without a clip, file or retry after which an actor is taken for hanging and replaced; above one "
+        "encoder call, and above the 900 s for which a store is waited for",
+        number("stall-timeout-s", 1, 1e6),
+        1200.0,
+    )
+    grace_s: float = option(
+        "seconds after SIGTERM or Ctrl-C in which running shards may still be finished", number("grace-s", 0, 1e5), 15.0
+    )
     max_rejected_share: float = option(
         "share of rejected videos above which the exit code is 5", number("max-rejected-share", 0, 1), 0.5
     )

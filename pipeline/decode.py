@@ -32,6 +32,7 @@ from typing import Any
 
 import numpy as np
 
+from pipeline import sandbox
 from pipeline.config import DecodeLimits, EncodingConfig
 from pipeline.cutting import choose_bucket, clip_spans
 from pipeline.decode_child import MAX_MESSAGE_BYTES
@@ -154,6 +155,7 @@ class _Child:
 
         Raises:
             _ChildLostError: it died, was silent for `patience_s`, ran out of memory, or said something else.
+            DecodeChildError: its decoders are not those that it was written for.
             _StoppedError: `stop` became true.
         """
         try:
@@ -164,6 +166,10 @@ class _Child:
                 if answer["type"] == "out_of_memory":
                     self.kill()
                     raise self._lost("out_of_memory", "no memory was left", str(answer["message"]))
+                if answer["type"] == "incomplete":
+                    self.kill()
+                    said = _printable(str(answer["message"]))
+                    raise DecodeChildError(f"a decoder is incomplete ({said}); install the versions of constraints.txt")
                 if answer["type"] != "alive":
                     return answer
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -197,6 +203,10 @@ class _Child:
             status = None
         self.kill()
         log = self._log_tail()
+        if status == -signal.SIGXCPU:
+            return self._lost(
+                "timeout", f"it computed for longer than --max-decode-cpu-s {self._limits.max_decode_cpu_s:g}"
+            )
         if status is not None and status < 0:
             how = f"ended by {signal.Signals(-status).name}"
         else:
@@ -345,11 +355,11 @@ class DecodePool:
         first = self.take_child()
         self._sandbox = dict(first.sandbox)
         self.give_back(first)
-        if self._sandbox["network"] != "refused by seccomp":
-            _log.warning("decode children can reach the network: %s", self._sandbox["network"])
+        tell = _log.info if sandbox.is_tight(self._sandbox) else _log.warning
+        tell("decode children are kept in by: %s", sandbox.in_words(self._sandbox))
 
     def sandbox_report(self) -> dict[str, object]:
-        """What a child could not do when it started: network, environment, memory limit; in words and numbers."""
+        """What a child could not do when it started, as `sandbox.enter` says it, and its memory limit."""
         return dict(self._sandbox)
 
     def decode(self, videos: Iterable[SourceVideo | ClipFailure]) -> Iterator[Clip | ClipFailure]:

@@ -1,27 +1,25 @@
 """The program of a decode child: takes one media file after another from its parent and gives back clips.
 
 Not imported for its decoders by anything else: `decode` starts it as a process of its own, with an empty environment,
-because decoders hang, leak, crash and are attacked through the files they read. The child gives away what it does not
-need before it sees the first byte of a file: the network, other programs, memory beyond a limit, core dumps. It
-imports neither torch nor ray.
+because decoders hang, leak, crash and are attacked through the files they read. Once its decoders are loaded, and
+before it sees the first byte of a file, the child enters the `sandbox`; memory, computing time and what it writes are
+limited as well. It imports neither torch nor ray.
 
 The parent writes requests to a socket and the child answers each (`_serve`); while it works it sends a sign of life at
-least every second, so that silence means a hang. Media come as open file descriptors. The frames of a clip go through
-one memory file that both map, one clip at a time.
+least every second, so that silence means a hang. Media come as open file descriptors, and nothing in here knows a name
+of them. The frames of a clip go through one memory file that both map, one clip at a time.
 """
 
 from __future__ import annotations
 
-import ctypes
 import faulthandler
+import importlib
 import json
 import mmap
 import os
-import platform
-import resource
+import pkgutil
 import signal
 import socket
-import struct
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -30,6 +28,7 @@ from typing import Any
 
 import numpy as np
 
+from pipeline import sandbox
 from pipeline.config import DecodeLimits
 from pipeline.cutting import Cover, CutRules, choose_bucket, clip_spans, cover
 from pipeline.errors import RejectionError
@@ -43,80 +42,6 @@ _MAX_LOG_BYTES = 1 << 20
 _SIGN_OF_LIFE_S = 1.0
 _MAX_TEXT = 1000
 
-# --- giving away rights ---------------------------------------------------------------------------------------------
-
-_PR_SET_PDEATHSIG, _PR_SET_NO_NEW_PRIVS, _PR_SET_SECCOMP, _SECCOMP_MODE_FILTER = 1, 38, 22, 2
-# AUDIT_ARCH_* and syscall numbers: no new socket, no other program, no look into other processes, and no io_uring,
-# which opens sockets without the system call.
-_SYSCALLS: Mapping[str, tuple[int, tuple[int, ...]]] = {
-    #            socket execve execveat ptrace io_uring_setup process_vm_readv process_vm_writev pidfd_getfd
-    "x86_64": (0xC000003E, (41, 59, 322, 101, 425, 310, 311, 438)),
-    "aarch64": (0xC00000B7, (198, 221, 281, 117, 425, 270, 271, 438)),
-}
-_X32_SYSCALLS = 0x40000000
-
-
-def _seccomp_filter(architecture: int, refused: tuple[int, ...]) -> bytes:
-    """A classic BPF program: EPERM for the refused calls and for every call of another architecture.
-
-    The layouts are those of `struct sock_filter` and `struct seccomp_data` in Linux's linux/filter.h and seccomp.h.
-    """
-    load, jump_if_equal, jump_if_at_least, answer = 0x20, 0x15, 0x35, 0x06
-    allow, refuse_with_eperm = 0x7FFF0000, 0x00050001
-    refuse = 5 + len(refused)  # the last step; jumps count from the step behind the jump
-    steps = [
-        (load, 0, 0, 4),
-        (jump_if_equal, 0, refuse - 2, architecture),
-        (load, 0, 0, 0),
-        (jump_if_at_least, refuse - 4, 0, _X32_SYSCALLS),
-        *((jump_if_equal, refuse - (5 + number), 0, call) for number, call in enumerate(refused)),
-        (answer, 0, 0, allow),
-        (answer, 0, 0, refuse_with_eperm),
-    ]
-    return b"".join(struct.pack("=HBBI", *step) for step in steps)
-
-
-def _refuse_network() -> str:
-    """Installs the filter for this process and all its threads to come; returns what came of it, in words."""
-    if platform.machine() not in _SYSCALLS:
-        return f"open: no filter for {platform.machine()}"
-    code = _seccomp_filter(*_SYSCALLS[platform.machine()])
-    steps = ctypes.create_string_buffer(code, len(code))
-    # struct sock_fprog: a count, padding, a pointer.
-    program = ctypes.create_string_buffer(struct.pack("@HP", len(code) // 8, ctypes.addressof(steps)))
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) or libc.prctl(
-        _PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, ctypes.byref(program), 0, 0
-    ):
-        return f"open: the kernel refused the filter ({os.strerror(ctypes.get_errno())})"
-    try:
-        socket.socket().close()
-    except PermissionError:
-        return "refused by seccomp"
-    return "open: the filter is in place and did not hold"
-
-
-def _enter_sandbox(parent_pid: int, memory_bytes: int) -> dict[str, object]:
-    """Gives away every right that decoding does not need; returns the report of it.
-
-    The kernel sends the death signal when the *thread* that started this process ends, so that thread must live as
-    long as the children shall.
-    """
-    libc = ctypes.CDLL(None, use_errno=True)
-    dies_with_parent = libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) == 0
-    if os.getppid() != parent_pid:
-        os._exit(1)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (_MAX_LOG_BYTES, _MAX_LOG_BYTES))
-    resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
-    return {
-        "network": _refuse_network(),
-        "environment": sorted(os.environ),
-        "memory_limit_bytes": memory_bytes,
-        "dies_with_parent": dies_with_parent,
-    }
-
-
 # --- making clips ---------------------------------------------------------------------------------------------------
 
 
@@ -129,7 +54,7 @@ class _Rules:
 
 
 def _clips_of_video(
-    path: str, first_clip: int, rules: _Rules, memory: memoryview, sign_of_life: Callable[[], None]
+    media_fd: int, first_clip: int, rules: _Rules, memory: memoryview, sign_of_life: Callable[[], None]
 ) -> Iterator[dict[str, object]]:
     """Messages for the parent: one that the video is open, then one for each clip from `first_clip` on.
 
@@ -137,14 +62,14 @@ def _clips_of_video(
     clips before it, so that a child that takes over in the middle gives the same bytes.
     """
     cut, limits = rules.cut, rules.limits
-    scan = scan_video(path, limits, sign_of_life)
+    scan = scan_video(media_fd, limits, sign_of_life)
     timeline = scan.timeline
     num_instants = timeline.num_instants(cut.fps)
     bucket = choose_bucket(cut.buckets, "video", scan.width_px, scan.height_px, num_instants, cut.upscale)
     shape = _covering(bucket, scan.width_px, scan.height_px, limits)
     starts = clip_spans(num_instants, bucket.num_frames, cut.clip_stride, cut.clips_per_video)
     clip_fps = cut.fps if cut.fps is not None else scan.fps
-    reader = ClipReader(path, scan, shape, limits, sign_of_life)
+    reader = ClipReader(media_fd, scan, shape, limits, sign_of_life)
     yield {"type": "opened", "num_clips": len(starts)}
 
     shape_of_clip = (bucket.num_frames, bucket.height_px, bucket.width_px, 3)
@@ -196,10 +121,10 @@ def _covering(bucket: Bucket, width_px: int, height_px: int, limits: DecodeLimit
     return shape
 
 
-def _clip_of_image(path: str, first_clip: int, rules: _Rules, memory: memoryview) -> Iterator[dict[str, object]]:
+def _clip_of_image(media_fd: int, first_clip: int, rules: _Rules, memory: memoryview) -> Iterator[dict[str, object]]:
     """The messages for an image: that it is open, and its one clip."""
     cut, limits = rules.cut, rules.limits
-    picture, codec = open_picture(path, limits)
+    picture, codec = open_picture(media_fd, limits)
     bucket = choose_bucket(cut.buckets, "image", picture.width, picture.height, 1, cut.upscale)
     shape = _covering(bucket, picture.width, picture.height, limits)
     yield {"type": "opened", "num_clips": 1}
@@ -262,13 +187,13 @@ class _Parent:
 
 
 def _messages(
-    request: Mapping[str, Any], path: str, rules: _Rules, memory: memoryview, parent: _Parent
+    request: Mapping[str, Any], media_fd: int, rules: _Rules, memory: memoryview, parent: _Parent
 ) -> Iterator[dict[str, object]]:
     """All answers to one file: "opened", "clip" and "rejected" in order, then "end" for ever.
 
     A rejection with clip_index None is of the whole file and comes instead of "opened".
     """
-    num_bytes, limits = os.stat(path).st_size, rules.limits
+    num_bytes, limits = os.fstat(media_fd).st_size, rules.limits
     try:
         if num_bytes == 0:
             raise RejectionError("empty_file", "the file has 0 bytes")
@@ -277,23 +202,22 @@ def _messages(
                 "too_large", f"the file has {num_bytes} bytes; --max-file-bytes is {limits.max_file_bytes}"
             )
         if request["media_kind"] == "image":
-            yield from _clip_of_image(path, request["first_clip"], rules, memory)
+            yield from _clip_of_image(media_fd, request["first_clip"], rules, memory)
         else:
-            yield from _clips_of_video(path, request["first_clip"], rules, memory, parent.sign_of_life)
+            yield from _clips_of_video(media_fd, request["first_clip"], rules, memory, parent.sign_of_life)
     except RejectionError as error:
         yield {"type": "rejected", "clip_index": None, "reason": error.reason, "message": error.message}
     while True:
         yield {"type": "end"}
 
 
-def _serve(parent: _Parent, memory: memoryview, sandbox: Mapping[str, object]) -> None:
+def _serve(parent: _Parent, memory: memoryview, report: Mapping[str, object]) -> None:
     request, _ = parent.receive()
     cut = request["cut"]
     buckets = tuple(Bucket(width_px=w, height_px=h, num_frames=t) for w, h, t in cut["buckets"])
     rules = _Rules(cut=CutRules(**{**cut, "buckets": buckets}), limits=DecodeLimits(**request["limits"]))
     parent.sign_of_life_every_s = min(_SIGN_OF_LIFE_S, rules.limits.decode_timeout_s / 4)
-    _load_decoders()
-    parent.send({"type": "ready", "sandbox": sandbox})
+    parent.send({"type": "ready", "sandbox": report})
     answers: Iterator[dict[str, object]] = iter(())
     open_file: int | None = None
     while True:
@@ -306,22 +230,34 @@ def _serve(parent: _Parent, memory: memoryview, sandbox: Mapping[str, object]) -
                 # The log is about this file only; the parent reads it when the child is lost.
                 os.ftruncate(sys.stderr.fileno(), 0)
                 (open_file,) = descriptors
-                answers = _messages(request, f"/proc/self/fd/{open_file}", rules, memory, parent)
+                sandbox.limit_cpu_time(rules.limits.max_decode_cpu_s)
+                answers = _messages(request, open_file, rules, memory, parent)
             answer = next(answers)
         except MemoryError as error:
             answer = {"type": "out_of_memory", "message": str(error)}
+        except ImportError as error:
+            # In the sandbox nothing can be imported any more: no fault of the file.
+            answer = {"type": "incomplete", "message": str(error)}
         parent.send(answer)
 
 
 def _load_decoders() -> None:
-    """Imports what decoding needs before the first file, so that a missing library shows at the start."""
+    """Imports all that decoding needs: in the sandbox no file can be opened. A missing library shows at the start."""
     import av
     import av.logging
     import decord  # noqa: F401
+    import numpy.ma  # noqa: F401 - a median needs it
     import PIL.Image
+    import PIL.ImageOps
 
+    # PyAV imports some of its parts only when a file has a stream of their kind.
+    for part in pkgutil.walk_packages(av.__path__, "av."):
+        if part.name not in ("av.__main__", "av.datasets"):
+            importlib.import_module(part.name)
     av.logging.set_level(av.logging.ERROR)
-    PIL.Image.preinit()
+    PIL.Image.init()
+    for package in ("decord", "av", "pillow"):
+        decoder_class(package)
 
 
 def main(arguments: list[str]) -> None:
@@ -335,7 +271,10 @@ def main(arguments: list[str]) -> None:
     faulthandler.enable()
     # Ctrl-C in a terminal reaches every process of the group; the parent decides when a child ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    sandbox = _enter_sandbox(parent_pid, memory_bytes)
+    sandbox.end_with_parent(parent_pid)
+    sandbox.limit_resources(memory_bytes, _MAX_LOG_BYTES)
     memory = memoryview(mmap.mmap(memory_fd, 0))
     os.close(memory_fd)
-    _serve(_Parent(socket.socket(fileno=connection_fd)), memory, sandbox)
+    _load_decoders()
+    report = {**sandbox.enter(parent_pid), "memory_limit_bytes": memory_bytes}
+    _serve(_Parent(socket.socket(fileno=connection_fd)), memory, report)

@@ -2,8 +2,9 @@
 
 Not where clips are chosen (`cutting`) and not safe to run anywhere but in a decode child: everything here handles bytes
 that a stranger wrote. decord decodes where it is known to be right; PyAV decodes what decord refuses, and checks what
-decord gave with complaints. PyAV is run strictly: what it cannot decode without error is rejected.
-Called by `decode_child`.
+decord gave with complaints. PyAV is run strictly: what it cannot decode without error is rejected. Neither is given a
+name or an address, but bytes or an open descriptor, so that no demuxer can open anything else. Called by
+`decode_child`.
 """
 
 from __future__ import annotations
@@ -52,6 +53,10 @@ _DECORD_CONTAINERS = ("mov", "matroska")
 _DECORD_CODECS = frozenset(CODECS) - {"av1"}
 # decord and PyAV scale with the same filter from different FFmpegs: measured 0.6 levels apart on the average.
 _AGREEMENT_LEVELS = 4.0
+# decord reads a file as a path, which a sandbox has none of, or from memory. Of larger files it gets, clip by clip, the
+# packets that the clip needs.
+_LARGEST_IN_MEMORY_BYTES = 64 << 20
+_READ_BYTES = 1 << 18
 # Frames that decord takes in one call; the child gives no sign of life in it.
 _DECORD_FRAMES_PER_CALL = 8
 _DECORD_SKIPS_PER_CALL = 64
@@ -100,20 +105,52 @@ class Scan:
 
 
 def _av_error_text(error: Exception) -> str:
-    """The message with FFmpeg's last log line, without the path."""
+    """The message with FFmpeg's last log line."""
     log = getattr(error, "log", None)
     said = f" ({log[2].strip()})" if log else ""
     return f"{getattr(error, 'strerror', None) or error}{said}"
 
 
-def _open_container(path: str, limits: DecodeLimits) -> InputContainer:
+class _Media(io.RawIOBase):
+    """An open file from its beginning. Has a position of its own: several readers share the descriptor."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        end = os.fstat(self._descriptor).st_size if whence == os.SEEK_END else 0
+        position = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: end}[whence]
+        if position < 0:
+            raise ValueError(f"position {position} is before the file")
+        self._position = position
+        return position
+
+    def readinto(self, buffer: Any) -> int:
+        num_read = os.preadv(self._descriptor, [buffer], self._position)
+        self._position += num_read
+        return num_read
+
+
+def _open_container(media_fd: int, limits: DecodeLimits) -> InputContainer:
     import av
 
     try:
         return av.open(
-            path,
+            _Media(media_fd),
+            mode="r",
+            buffer_size=_READ_BYTES,
             container_options={
-                "protocol_whitelist": "file",
+                "protocol_whitelist": "none",
                 "format_whitelist": ",".join(CONTAINERS),
                 "codec_whitelist": ",".join(_CODEC_DECODERS),
                 # Without presentation times in the container (AVI) they follow from the decoding times.
@@ -291,13 +328,13 @@ def _orientation(frame: VideoFrame) -> tuple[int, int, int, int]:
     return 1, 0, 0, 1
 
 
-def scan_video(path: str, limits: DecodeLimits, sign_of_life: Callable[[], None]) -> Scan:
+def scan_video(media_fd: int, limits: DecodeLimits, sign_of_life: Callable[[], None]) -> Scan:
     """Looks through a file without decoding more than one picture.
 
     Raises:
         RejectionError: unreadable, not_allowed, no_video, too_large, decode_error or frames_missing.
     """
-    with _open_container(path, limits) as container:
+    with _open_container(media_fd, limits) as container:
         stream, num_video_streams = _choose_stream(container, limits)
         packets = _read_packets(container, stream, limits, sign_of_life)
         if not packets.pts:
@@ -375,7 +412,7 @@ class _DecordReader:
         Exception: it cannot open or decode the file; decord raises errors of many types.
     """
 
-    def __init__(self, file: str | io.BytesIO, scan: Scan, shape: Cover, sign_of_life: Callable[[], None]) -> None:
+    def __init__(self, file: io.BufferedIOBase, scan: Scan, shape: Cover, sign_of_life: Callable[[], None]) -> None:
         import decord
 
         self._reader = decord.VideoReader(file, width=shape.width_px, height=shape.height_px, num_threads=1)
@@ -427,9 +464,9 @@ class _StrictReader:
     """
 
     def __init__(
-        self, path: str, scan: Scan, shape: Cover, limits: DecodeLimits, sign_of_life: Callable[[], None]
+        self, media_fd: int, scan: Scan, shape: Cover, limits: DecodeLimits, sign_of_life: Callable[[], None]
     ) -> None:
-        self._path = path
+        self._media_fd = media_fd
         self._scan = scan
         self._shape = shape
         self._limits = limits
@@ -503,7 +540,7 @@ class _StrictReader:
         if self._container is not None and key_frame <= self._position <= index:
             return
         self.close()
-        self._container = _open_container(self._path, self._limits)
+        self._container = _open_container(self._media_fd, self._limits)
         stream, _ = _choose_stream(self._container, self._limits)
         _prepare(stream, {"err_detect": "explode"}, self._limits)
         if key_frame > 0:
@@ -566,14 +603,14 @@ class ClipReader:
     """
 
     def __init__(
-        self, path: str, scan: Scan, shape: Cover, limits: DecodeLimits, sign_of_life: Callable[[], None]
+        self, media_fd: int, scan: Scan, shape: Cover, limits: DecodeLimits, sign_of_life: Callable[[], None]
     ) -> None:
-        self._path = path
+        self._media_fd = media_fd
         self._scan = scan
         self._shape = shape
         self._limits = limits
         self._sign_of_life = sign_of_life
-        self._strict = _StrictReader(path, scan, shape, limits, sign_of_life)
+        self._strict = _StrictReader(media_fd, scan, shape, limits, sign_of_life)
         self._decord: _DecordReader | None = None
         self._by_decord = (
             scan.container in _DECORD_CONTAINERS
@@ -581,6 +618,7 @@ class ClipReader:
             and scan.num_video_streams == 1
             and not _needs_own_turning(scan)
         )
+        self._fits_memory = os.fstat(media_fd).st_size <= _LARGEST_IN_MEMORY_BYTES
 
     def read(self, indices: npt.NDArray[np.int64], frames: npt.NDArray[np.uint8]) -> str:
         """Writes the frames of the never falling `indices` to `frames` `(T, H, W, 3)`; returns the decoder's name.
@@ -598,7 +636,8 @@ class ClipReader:
         return decoder
 
     def _read(self, indices: npt.NDArray[np.int64], frames: npt.NDArray[np.uint8]) -> str:
-        has_read = self._by_decord and self._read_by_decord(indices, frames)
+        read_by_decord = self._read_by_decord if self._fits_memory else self._read_alone
+        has_read = self._by_decord and read_by_decord(indices, frames)
         # decord puts the last good frame in a damaged one's place without a word, and the FFmpeg in it hides errors in
         # the picture and says so on standard error only. Whether a picture stands still or a decoder repeats itself,
         # only a strict decoder can tell. A complaint counts from then on: damage goes from frame to frame.
@@ -615,7 +654,8 @@ class ClipReader:
         """Whether decord, reading on in the whole file, gave all frames."""
         try:
             if self._decord is None:
-                self._decord = _DecordReader(self._path, self._scan, self._shape, self._sign_of_life)
+                whole = io.BufferedReader(_Media(self._media_fd))
+                self._decord = _DecordReader(whole, self._scan, self._shape, self._sign_of_life)
             self._decord.read(indices, frames)
         except MemoryError:
             raise
@@ -634,7 +674,7 @@ class ClipReader:
         """Whether decord gave all frames from a file that ends with the last of them."""
         first, last = self._scan.key_frame_before(int(indices[0])), int(indices[-1])
         try:
-            excerpt, alone = _excerpt(self._path, self._scan, self._limits, first, last, self._sign_of_life)
+            excerpt, alone = _excerpt(self._media_fd, self._scan, self._limits, first, last, self._sign_of_life)
             _DecordReader(excerpt, alone, self._shape, self._sign_of_life).read(indices - first, frames)
         except MemoryError:
             raise
@@ -644,7 +684,7 @@ class ClipReader:
 
 
 def _excerpt(
-    path: str, scan: Scan, limits: DecodeLimits, first: int, last: int, sign_of_life: Callable[[], None]
+    media_fd: int, scan: Scan, limits: DecodeLimits, first: int, last: int, sign_of_life: Callable[[], None]
 ) -> tuple[io.BytesIO, Scan]:
     """A file of the same kind with the packets that the frames from the key frame `first` to `last` need, and its scan.
 
@@ -656,7 +696,7 @@ def _excerpt(
     missing = set(map(int, scan.pts[first : last + 1]))
     copied: list[int] = []
     with (
-        _open_container(path, limits) as container,
+        _open_container(media_fd, limits) as container,
         av.open(made, "w", format="mp4" if scan.container == "mov" else scan.container) as copy,
     ):
         stream, _ = _choose_stream(container, limits)
@@ -711,7 +751,7 @@ def decoder_class(package: str) -> str:
     return f"{'pyav' if package == 'av' else package}-{major}"
 
 
-def open_picture(path: str, limits: DecodeLimits) -> tuple[Image.Image, str]:
+def open_picture(media_fd: int, limits: DecodeLimits) -> tuple[Image.Image, str]:
     """The picture as it is meant to be seen, in RGB, and its format's name.
 
     EXIF orientation is applied. Transparency is laid on white, as img2dataset does. 16-bit grey keeps its upper
@@ -722,7 +762,7 @@ def open_picture(path: str, limits: DecodeLimits) -> tuple[Image.Image, str]:
     # Pillow only warns; the limit here is the configured one.
     Image.MAX_IMAGE_PIXELS = None
     try:
-        picture: Image.Image = Image.open(path, formats=IMAGE_FORMATS)
+        picture: Image.Image = Image.open(io.BufferedReader(_Media(media_fd)), formats=IMAGE_FORMATS)
     except UnidentifiedImageError as error:
         raise RejectionError(
             "unreadable", f"no allowed image format was recognised; allowed: {', '.join(IMAGE_FORMATS)}"

@@ -27,9 +27,10 @@ from media import audio_only, ffmpeg, moving_pattern, one_hour_of_16_px, two_fra
 from PIL import Image
 
 from pipeline.config import DecodeLimits, EncodingConfig, parse_buckets
-from pipeline.decode import DecodePool, decoder_versions
+from pipeline.decode import _START, DecodePool, decoder_versions
 from pipeline.errors import DecodeChildError
 from pipeline.records import Clip, ClipFailure, SourceVideo
+from pipeline.sandbox import is_tight
 
 WAVES = CLIPS / "city_waves.mp4"
 Result = Clip | ClipFailure
@@ -563,8 +564,9 @@ def hostile_pool(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Deco
         start = (
             "import json, os, signal, sys; sys.path[:] = json.loads(sys.argv[1]); import pipeline.decode_child as c\n"
             "honest = c._clips_of_video\n"
-            "def hostile(path, first_clip, rules, memory, sign_of_life):\n"
-            "    if os.stat(path).st_size % 2 == 0: return honest(path, first_clip, rules, memory, sign_of_life)\n"
+            "def hostile(media_fd, first_clip, rules, memory, sign_of_life):\n"
+            "    if os.fstat(media_fd).st_size % 2 == 0:\n"
+            "        return honest(media_fd, first_clip, rules, memory, sign_of_life)\n"
             f"    {misbehave}\n"
             "c._clips_of_video = hostile; c.main(sys.argv[2:])"
         )
@@ -590,6 +592,7 @@ def even_and_odd() -> list[SourceVideo]:
         ("os.abort()", {}, "decoder_crash", "SIGABRT"),
         ("os.kill(os.getpid(), signal.SIGSEGV)", {}, "decoder_crash", "SIGSEGV"),
         ("signal.pause()", {"decode_timeout_s": 1.0}, "timeout", "silent for"),
+        ("while True: sign_of_life()", {"max_decode_cpu_s": 1.0}, "timeout", "--max-decode-cpu-s"),
         ("bytearray(8 << 30)", {}, "out_of_memory", "no memory"),
         ("print('terminate: std::bad_alloc', file=sys.stderr); os.abort()", {}, "out_of_memory", "bad_alloc"),
         ("return iter([{'type': 'clip', 'clip_index': 7}])", {}, "decoder_crash", ""),
@@ -620,8 +623,8 @@ def test_a_video_whose_child_dies_twice_at_one_clip_loses_that_clip_and_the_rest
     hostile_pool: Callable[..., DecodePool],
 ) -> None:
     own_pool = hostile_pool(
-        "yield from (m if m.get('clip_index') != 1 else os.abort() for m in honest(path, first_clip, rules, memory, "
-        "sign_of_life))".replace("yield from", "return")
+        "return (m if m.get('clip_index') != 1 else os.abort() for m in "
+        "honest(media_fd, first_clip, rules, memory, sign_of_life))"
     )
     results = list(own_pool.decode(even_and_odd()))
     assert [(r.key, r.clip_index, isinstance(r, Clip)) for r in results[2:4]] == [("bad", 0, True), ("bad", 1, False)]
@@ -636,7 +639,11 @@ def test_a_child_can_reach_no_network_no_program_and_no_secret(
     probe = (
         "import socket, subprocess, resource, json, errno; found = {'environment': sorted(os.environ)}\n"
         "    for name, act in (('socket', socket.socket), ('exec', lambda: os.execv('/bin/true', ['true'])),"
-        " ('file', lambda: open('/tmp/latentmill-canary', 'wb').write(bytes(4 << 20)))):\n"
+        " ('write', lambda: open('/tmp/latentmill-canary', 'wb').write(bytes(4 << 20))),"
+        " ('read', lambda: open('/etc/passwd', 'rb').read()),"
+        " ('parent', lambda: open(f'/proc/{os.getppid()}/environ', 'rb').read()),"
+        " ('fork', os.fork), ('kill', lambda: os.kill(os.getppid(), 0)),"
+        " ('log', lambda: [os.write(2, bytes(1 << 20)) for _ in range(4)])):\n"
         "        try: act(); found[name] = 'went through'\n"
         "        except OSError as error: found[name] = errno.errorcode[error.errno]\n"
         "    found['core'] = resource.getrlimit(resource.RLIMIT_CORE)[0]\n"
@@ -649,11 +656,13 @@ def test_a_child_can_reach_no_network_no_program_and_no_secret(
     finally:
         Path("/tmp/latentmill-canary").unlink(missing_ok=True)
     found = json.loads(bad.message)
-    assert found["environment"] == ["LC_ALL", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "PATH"]
-    assert (found["socket"], found["exec"], found["file"]) == ("EPERM", "EPERM", "EFBIG")
-    assert found["core"] == 0
-    assert found["modules"] == []
-    assert own_pool.sandbox_report()["network"] == "refused by seccomp"
+    assert found.pop("environment") == ["LC_ALL", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "PATH"]
+    assert (found.pop("core"), found.pop("modules")) == (0, [])
+    assert (found["socket"], found["exec"], found["fork"], found["log"]) == ("EPERM", "EPERM", "EPERM", "EFBIG")
+    assert "went through" not in found.values()
+    report = own_pool.sandbox_report()
+    assert is_tight(report), report
+    assert report["memory_limit_bytes"] == DecodeLimits().decode_memory_bytes
 
 
 def test_children_die_with_the_process_that_started_them() -> None:
@@ -680,6 +689,15 @@ def test_children_that_cannot_start_are_a_fault_of_the_installation(monkeypatch:
     with pytest.raises(DecodeChildError, match="no_such_decoder"):
         DecodePool(encoding(), DecodeLimits(), 1)
     assert open_descriptors() == before
+
+
+def test_large_files_are_decoded_clip_by_clip_to_the_same_frames(
+    monkeypatch: pytest.MonkeyPatch, pool: DecodePool
+) -> None:
+    expected = digests(list(pool.decode([video(WAVES)])))
+    small_memory = "from pipeline import frames; frames._LARGEST_IN_MEMORY_BYTES = 1000; from pipeline.decode_child"
+    monkeypatch.setattr("pipeline.decode._START", _START.replace("from pipeline.decode_child", small_memory))
+    assert digests(decode([video(WAVES)])) == expected
 
 
 def test_decoder_versions_are_told_without_loading_a_decoder() -> None:
