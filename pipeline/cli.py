@@ -3,9 +3,12 @@
     latentmill inspect URI                 what it holds: model, shapes, counts, rejections, snapshots
     latentmill urls URI                    the committed data files, one a line, for readers without Latentmill
     latentmill preview URI -o FILE.png     latents drawn as pictures, and decoded where the model is at hand
+    latentmill verify URI                  whether all that was committed is there, whole and true
+    latentmill gc URI                      files that can never count, and why; --delete removes them
 
-Not the job that writes an output (`jobs/encode_laion.py`). Every command reads committed data only and changes nothing.
-Results go to standard output, messages to standard error; exit codes are those of the job.
+Not the job that writes an output (`jobs/encode_laion.py`). Commands read committed data; only `verify --requeue`, which
+leaves orders to the job, and `gc --delete` change anything. Results go to standard output, messages to standard error.
+Exit codes are those of the job, so far as they apply: 0 well, 2 wrong use, 4 work left undone; 1 means damage.
 """
 
 from __future__ import annotations
@@ -17,27 +20,34 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pipeline.commit import decided_shards, latest_snapshot, load_commits, manifest_of_output
 from pipeline.errors import LatentmillError, UsageError
 from pipeline.records import DatasetManifest
 from pipeline.storage import ObjectStore, open_store
 
+if TYPE_CHECKING:
+    from pipeline.audit import Audit
+
+
+EXIT_OK, EXIT_DAMAGED, EXIT_USAGE, EXIT_UNDONE = 0, 1, 2, 4
+_MAX_SHOWN = 50
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The entry point of the command `latentmill`; returns the exit code."""
     arguments = _parser().parse_args(argv)
-    command: Callable[[argparse.Namespace], None] = arguments.command
+    command: Callable[[argparse.Namespace], int | None] = arguments.command
     try:
-        command(arguments)
+        return command(arguments) or EXIT_OK
     except LatentmillError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return EXIT_USAGE
     except BrokenPipeError:
         # The reader of a pipe (head, less) has seen enough.
         sys.stderr.close()
-        return 0
-    return 0
+        return EXIT_OK
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -63,6 +73,30 @@ def _parser() -> argparse.ArgumentParser:
     preview.add_argument("--model", help="the VAE to decode with; default: the dataset's own; none: latents only")
     preview.add_argument("--subfolder", help="folder inside the model")
     preview.set_defaults(command=_preview)
+
+    verify = commands.add_parser(
+        "verify",
+        help="whether an output is there, whole and true",
+        description="Reads every committed file and says what is wrong. Exit codes: 0 all is well and every planned "
+        "slice is decided; 1 something is damaged; 4 nothing is damaged and work is left.",
+    )
+    verify.add_argument("uri", help="local folder or s3://bucket/prefix")
+    verify.add_argument("--json", action="store_true", help="one JSON object instead of text")
+    verify.add_argument("--quick", action="store_true", help="records, presence and sizes only; reads no data file")
+    verify.add_argument("--inputs", action="store_true", help="also say which inputs changed since they were encoded")
+    verify.add_argument(
+        "--requeue",
+        action="store_true",
+        help="order repairs: the next run of the job on the same input encodes damaged shards again",
+    )
+    verify.set_defaults(command=_verify)
+
+    gc = commands.add_parser("gc", help="files that can never count, and why")
+    gc.add_argument("uri", help="local folder or s3://bucket/prefix")
+    gc.add_argument("--json", action="store_true", help="one JSON object instead of text")
+    gc.add_argument("--delete", action="store_true", help="remove them; without it nothing is changed")
+    gc.add_argument("--all", action="store_true", help="also list the files that stay, with the reason")
+    gc.set_defaults(command=_gc)
     return parser
 
 
@@ -119,6 +153,81 @@ def _description(store: ObjectStore, manifest: DatasetManifest) -> dict[str, obj
         "configuration": dict(manifest.fingerprint_fields),
         "passed_through": dict(manifest.passthrough),
     }
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from pipeline.audit import audit
+    from pipeline.redo import order_repair
+
+    store = open_store(arguments.uri)
+    found = audit(store, is_quick=arguments.quick, with_inputs=arguments.inputs)
+    ordered = []
+    if arguments.requeue:
+        ordered = [record for record, why in sorted(found.repairable.items()) if order_repair(store, record, why)]
+    exit_code = EXIT_DAMAGED if found.damage else EXIT_UNDONE if found.is_unfinished or ordered else EXIT_OK
+    if arguments.json:
+        print(json.dumps(asdict(found) | {"ordered_repairs": ordered, "exit_code": exit_code}, indent=1))
+        return exit_code
+    _print_audit(found)
+    if arguments.requeue:
+        print(f"ordered   {len(ordered)} repairs; run the job on the same input again to carry them out")
+    elif found.repairable:
+        print(f"repair    {len(found.repairable)} records by encoding their shards again: latentmill verify --requeue")
+    return exit_code
+
+
+def _print_audit(found: Audit) -> None:
+    counts = found.counts
+    how = "no data file was read" if found.is_quick else f"{found.num_bytes_read:,} bytes read"
+    print(found.output)
+    print(f"records   {found.num_records:,} of {found.num_shards:,} shards, {found.num_snapshots:,} snapshots")
+    print(f"files     {found.num_files:,}, {found.num_bytes:,} bytes; {how}")
+    print(
+        f"samples   {counts.num_records:,} of {counts.num_videos_ok:,} videos; {counts.num_videos_rejected:,} rejected"
+    )
+    if found.num_slices:
+        print(f"planned   {found.num_slices:,} slices of tables and folders")
+    if found.num_inputs:
+        print(f"inputs    {found.num_inputs:,} compared with what was encoded")
+    if found.num_unnamed:
+        print(f"unnamed   {found.num_unnamed:,} files, {found.num_unnamed_bytes:,} bytes: latentmill gc explains them")
+    for finding in found.findings[:_MAX_SHOWN]:
+        print(f"{finding.kind:<10}{finding.where}: {finding.message}")
+    if len(found.findings) > _MAX_SHOWN:
+        print(f"and {len(found.findings) - _MAX_SHOWN:,} more; --json lists them all")
+    if found.damage:
+        kinds = Counter(finding.kind for finding in found.damage)
+        print("DAMAGED   " + ", ".join(f"{number} x {kind}" for kind, number in kinds.most_common()))
+    else:
+        print("unfinished, nothing is damaged" if found.is_unfinished else "all is well")
+
+
+def _gc(arguments: argparse.Namespace) -> None:
+    from pipeline.collect import collect_garbage
+
+    store, _manifest = _open(arguments.uri)
+    garbage = collect_garbage(store, delete=arguments.delete)
+    shown = garbage.files if arguments.all else garbage.may_go
+    num_bytes = sum(file.num_bytes for file in garbage.files)
+    if arguments.json:
+        found = {
+            "output": store.root_uri,
+            "is_deleted": garbage.is_deleted,
+            "num_files": len(garbage.files),
+            "num_bytes": num_bytes,
+            "num_files_that_may_go": len(garbage.may_go),
+            "num_bytes_that_may_go": garbage.num_bytes,
+            "files": [asdict(file) for file in shown],
+        }
+        print(json.dumps(found, indent=1))
+        return
+    for file in shown:
+        verdict = ("deleted" if garbage.is_deleted else "may go") if file.may_go else "stays"
+        print(f"{verdict:<8} {store.url(file.key)} ({file.num_bytes:,} bytes): {file.reason}")
+    done = "deleted" if garbage.is_deleted else "may go; --delete removes them"
+    print(
+        f"{len(garbage.may_go):,} of {len(garbage.files):,} files, {garbage.num_bytes:,} of {num_bytes:,} bytes {done}"
+    )
 
 
 def _urls(arguments: argparse.Namespace) -> None:
