@@ -439,7 +439,7 @@ class _FolderPlan(_SlicePlan):
         first = 0
         for r in rounds:
             # Entries were cut into slices in the order in which the round names them.
-            numbers = (first + n for n, cut in enumerate(r["slices"]) for _ in range(cut["num_videos"]))
+            numbers = [n for n, cut in enumerate(r["slices"], first) for _ in range(cut["num_videos"])]
             first += len(r["slices"])
             planned = r["covered"].get("versions", [])
             for number, path, version in zip(numbers, r["covered"]["files"], planned, strict=False):

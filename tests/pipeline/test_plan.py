@@ -5,24 +5,28 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
+import os
 import re
 import shutil
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import latents
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from builders import CLIP_STILLS, CLIP_VIDEOS, clip_members, pack_clips, tar_bytes
 from conftest import SeaweedFS
 
+from pipeline.commit import DecidedShard, decided_shards
 from pipeline.config import SourceConfig
 from pipeline.errors import StorageDeniedError, StorageNotFoundError, UsageError
 from pipeline.inputs import Slice, SliceEntry, read_slice
-from pipeline.plan import infer_passthrough, plan_shards
+from pipeline.plan import changed_inputs, infer_passthrough, plan_shards, planned_slices
 from pipeline.records import ShardSpec
 from pipeline.s3 import S3Store
 from pipeline.storage import ObjectInfo, ObjectStore, open_input, open_store
@@ -567,3 +571,116 @@ def test_two_inputs_with_one_shard_id_are_refused(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr("pipeline.plan._shard_id", lambda stem, uri: stem)
     with pytest.raises(UsageError, match=r"x/0\.tar and .*y/0\.tar lead to the same shard id"):
         plan_shards(config(tmp_path / "in"), output(tmp_path))
+
+
+def _decided(store: ObjectStore, specs: list[ShardSpec], **changes: str) -> dict[str, DecidedShard]:
+    """The shards as decided from what was planned, with what was found on the way."""
+    about = latents.manifest()
+    shards = {}
+    for spec in specs:
+        commit = latents.commit_records(store, about, spec.shard_id, [latents.record("a")])
+        source = {"source_size_bytes": spec.source_size_bytes, "source_etag": spec.source_etag}
+        (shard,) = decided_shards([replace(commit, **source, source_changes=changes)])
+        shards[spec.shard_id] = shard
+    return shards
+
+
+def _changed(tmp_path: Path, store: ObjectStore, shards: dict[str, DecidedShard]) -> list[tuple[str, str]]:
+    found = changed_inputs(plan_shards(config(tmp_path / "in"), store), shards)
+    assert all(change.encoded != change.found for change in found)
+    return [(change.shard_id, change.uri) for change in found]
+
+
+@pytest.mark.parametrize("how", ["size", "time", "caption", "new caption"])
+def test_a_file_that_changed_under_its_name_is_told_and_its_neighbours_are_not(how: str, tmp_path: Path) -> None:
+    folder = touch(tmp_path / "in", *(f"{i}.mp4" for i in range(5)), "3.txt")
+    store = output(tmp_path)
+    specs = plan_shards(config(folder, samples_per_shard=2), store)
+    shards = _decided(store, specs)
+    assert _changed(tmp_path, store, shards) == []
+    if how == "size":
+        (folder / "3.mp4").write_bytes(b"other bytes")
+    elif how == "time":
+        os.utime(folder / "3.mp4", ns=(0, 1))
+    elif how == "caption":
+        (folder / "3.txt").write_text("another caption")
+    else:
+        (folder / "3.json").write_text("{}")
+    touch(folder, "9.mp4")
+    assert _changed(tmp_path, store, shards) == [(specs[1].shard_id, str(folder / "3.mp4"))]
+    # What is not decided yet is encoded as it is then; what is gone has not changed.
+    assert _changed(tmp_path, store, {specs[0].shard_id: shards[specs[0].shard_id]}) == []
+    (folder / "3.mp4").unlink()
+    assert _changed(tmp_path, store, shards) == []
+
+
+def test_files_that_changed_in_later_rounds_are_told_of_their_own_slices(tmp_path: Path) -> None:
+    store = output(tmp_path)
+    for name in "abc":
+        folder = touch(tmp_path / "in", f"{name}1.mp4", f"{name}2.mp4")
+        specs = plan_shards(config(folder, samples_per_shard=1), store)
+    shards = _decided(store, specs)
+    for name in ("a2", "c1"):
+        (folder / f"{name}.mp4").write_bytes(b"other bytes")
+    assert _changed(tmp_path, store, shards) == [
+        (spec.shard_id, entry.uri)
+        for spec in specs
+        for entry in read_slice(store, spec).entries
+        if entry.key in ("a2", "c1")
+    ]
+
+
+def test_a_plan_without_versions_tells_of_no_change(tmp_path: Path) -> None:
+    folder = touch(tmp_path / "in", "a.mp4")
+    store = output(tmp_path)
+    shards = _decided(store, plan_shards(config(folder), store))
+    (path,) = (tmp_path / "output" / "plans").rglob("round-*.json")
+    document = json.loads(path.read_bytes())
+    del document["covered"]["versions"]
+    path.write_text(json.dumps(document))
+    (folder / "a.mp4").write_bytes(b"other bytes")
+    assert _changed(tmp_path, store, shards) == []
+
+
+def test_a_tar_that_changed_under_its_name_is_told(tmp_path: Path) -> None:
+    tars = pack_clips(tmp_path / "in", 2)
+    store = output(tmp_path)
+    shards = _decided(store, plan_shards(config(tmp_path / "in"), store))
+    assert _changed(tmp_path, store, shards) == []
+    os.utime(tars[0], ns=(0, 1))
+    tars[1].write_bytes(tars[1].read_bytes()[:-512])
+    assert [uri for _, uri in _changed(tmp_path, store, shards)] == [str(tar) for tar in tars]
+    # Outputs of before times were kept have sizes only.
+    untimed = {
+        shard_id: replace(shard, commits=tuple(replace(commit, source_etag=None) for commit in shard.commits))
+        for shard_id, shard in shards.items()
+    }
+    assert [uri for _, uri in _changed(tmp_path, store, untimed)] == [str(tars[1])]
+
+
+def test_what_changed_on_s3_is_told_by_its_etag(s3_env: SeaweedFS) -> None:
+    root, store = f"{s3_env.root()}/in", open_store(s3_env.root())
+    client = s3_env.client()
+
+    def put(name: str, data: bytes) -> None:
+        client.put_object(Bucket=s3_env.bucket, Key=f"{root.partition('://')[2].partition('/')[2]}/{name}", Body=data)
+
+    for name in ("videos/a.mp4", "videos/b.mp4", "tars/0.tar", "tars/1.tar"):
+        put(name, b"bytes")
+    for kind, names in (("videos", ("a.mp4", "b.mp4")), ("tars", ("0.tar", "1.tar"))):
+        shards = _decided(store, plan_shards(config(f"{root}/{kind}"), store))
+        put(f"{kind}/{names[0]}", b"bytes")
+        put(f"{kind}/{names[1]}", b"other")
+        found = changed_inputs(plan_shards(config(f"{root}/{kind}"), store), shards)
+        assert [change.uri for change in found] == [f"{root}/{kind}/{names[1]}"], "the same bytes again are no change"
+
+
+def test_every_planned_slice_can_be_listed_from_the_output_alone(tmp_path: Path) -> None:
+    store = output(tmp_path)
+    folder = touch(tmp_path / "in", "a.mp4", "b.mp4", "c.mp4")
+    table = write_rows(tmp_path / "t.jsonl", [{"url": "/v/1.mp4"}])
+    specs = [*plan_shards(config(folder, samples_per_shard=2), store), *plan_shards(config(table), store)]
+    touch(folder, "d.mp4")
+    specs += plan_shards(config(folder), store)[2:]
+    assert sorted(spec.shard_id for spec in planned_slices(store)) == sorted(spec.shard_id for spec in specs)
+    assert sum(spec.num_videos or 0 for spec in planned_slices(store)) == 5
