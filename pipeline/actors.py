@@ -6,10 +6,13 @@ Not where shards are chosen or attempts counted (that is `run`), and not where b
 Two calls of `process` may run in one actor. Each starts to decode at once, into a bounded queue; an encoder that is
 free takes the shards in the order in which they came. So while one shard is encoded the next is fetched and decoded,
 and while one is uploaded and committed the next is encoded: the encoder does not wait at a border between shards.
+
+Ray tells nobody of an actor that is frozen or hangs, so an actor counts its steps, and the driver watches the number.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import platform
@@ -20,10 +23,10 @@ import threading
 import time
 import uuid
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Set
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
@@ -31,10 +34,12 @@ import torch
 import pipeline
 from pipeline.codec import ClipEncoder
 from pipeline.commit import commit_shard, put_data_file, read_commit
+from pipeline.committed import FileCache
 from pipeline.config import JobConfig
 from pipeline.decode import DecodePool, decoder_versions
-from pipeline.errors import DecodeChildError, UsageError
+from pipeline.errors import DecodeChildError, StorageError, UsageError
 from pipeline.format import FORMAT_VERSION, ShardWriter, WrittenFile
+from pipeline.inputs import FoundVersions
 from pipeline.records import (
     Clip,
     ClipFailure,
@@ -47,11 +52,15 @@ from pipeline.records import (
     ShardSpec,
     SourceVideo,
 )
+from pipeline.redo import Begun, begin, finish
 from pipeline.source import iterate_videos
 from pipeline.storage import ObjectStore, open_store
+from pipeline.store import Backoff
 
 # Clips decoded ahead of the encoder, per shard in flight: enough to hide a slow video, bounded whatever the bucket.
 _CLIPS_AHEAD_BYTES = 256 << 20
+# Files of earlier generations that are read when a shard is encoded again.
+_COMMITTED_BYTES = 4 << 30
 _ROOM_PREFIX = "latentmill-actor-"
 _LOCK_NAME = "owner.lock"
 
@@ -81,6 +90,7 @@ class ShardReport:
     num_bytes_out: int
     timings_s: Mapping[str, float]  # by metrics.STAGES
     busy_share: float  # of the time from the first clip asked for to the last record written
+    num_inputs_changed: int = 0  # files of a slice that were not as planned
 
 
 class _Account:
@@ -127,10 +137,13 @@ class _Account:
 class _DecodeAhead:
     """Runs a decode iterator in a thread, at most `_CLIPS_AHEAD_BYTES` of clips ahead of whoever iterates."""
 
-    def __init__(self, clips: Iterator[Clip | ClipFailure], clip_bytes: int) -> None:
+    def __init__(
+        self, clips: Iterator[Clip | ClipFailure], clip_bytes: int, note_step: Callable[[], None] = lambda: None
+    ) -> None:
         self.decode_s = 0.0
         self.wait_s = 0.0
         self._clips = clips
+        self._note_step = note_step
         self._queue: queue.Queue[Clip | ClipFailure | BaseException | None] = queue.Queue(
             max(2, _CLIPS_AHEAD_BYTES // clip_bytes)
         )
@@ -152,6 +165,7 @@ class _DecodeAhead:
                 started = time.perf_counter()
                 clip = next(self._clips, None)
                 self.decode_s += time.perf_counter() - started
+                self._note_step()
                 if clip is None:
                     break
                 self._put(clip)
@@ -221,6 +235,7 @@ class EncodeActor:
         self._decode_pool: DecodePool | None = None
         self._store: ObjectStore = open_store(config.run.output)
         self._is_stopping = False
+        self._num_steps = 0
         self._room = _Room()
 
     def __repr__(self) -> str:
@@ -263,20 +278,57 @@ class EncodeActor:
             pid=os.getpid(),
         )
 
-    def process(self, spec: ShardSpec, manifest: DatasetManifest) -> ShardReport:
+    def beat(self) -> int:
+        """A number that grows with every video read, clip decoded, record written, file stored and pause of a retry.
+
+        Shards in work that never move it hang; an actor that does not even answer is frozen.
+        """
+        return self._num_steps + Backoff.num_pauses_of_process
+
+    def process(self, spec: ShardSpec, manifest: DatasetManifest, poison: frozenset[int] = frozenset()) -> ShardReport:
         """Encodes one shard and commits it, or finds that it is committed.
 
+        Args:
+            poison: places in the shard, from 0, of videos that kill this process; they are rejected untouched.
+
         Raises:
-            StorageError: input or output could not be read or written; the shard is undecided and may be tried again.
+            StorageError: input or output could not be read or written, or the temporary folder is full; the shard is
+                undecided and may be tried again.
             UsageError: the model cannot be loaded, or this worker differs from the one that opened the dataset.
         """
         turn = self._turns.draw()
         try:
-            done = read_commit(self._store, spec.shard_id)
-            if done is not None:
-                return _done_already(done)
+            begun = None
+            if spec.redo is not None:
+                begun = begin(self._store, spec.redo, self._room.cache)
+                if begun is None:
+                    return _done_already(spec, _NOTHING)
+            else:
+                done = read_commit(self._store, spec.shard_id)
+                if done is not None:
+                    return _done_already(spec, done.counts)
             self._refuse_other_worker(self.start(), manifest)
-            return self._attempt(spec, manifest, turn)
+            return self._attempt(spec, manifest, turn, poison, begun)
+        finally:
+            self._turns.end(turn)
+
+    def probe(self, spec: ShardSpec, manifest: DatasetManifest, part: range, poison: frozenset[int]) -> int:
+        """Takes the videos at some places of a shard all the way to local files, and keeps nothing.
+
+        The driver looks so for the one video that kills this process.
+
+        Returns:
+            the number of videos in the whole shard.
+
+        Raises:
+            StorageError: as `process`.
+        """
+        turn = self._turns.draw()
+        try:
+            self._refuse_other_worker(self.start(), manifest)
+            videos = self._videos(spec, poison, part)
+            with self._encoded(spec, manifest, turn, videos):
+                return videos.num_videos
         finally:
             self._turns.end(turn)
 
@@ -295,46 +347,83 @@ class EncodeActor:
                     "the same installation and model, and a dataset one kind of device"
                 )
 
-    def _attempt(self, spec: ShardSpec, manifest: DatasetManifest, turn: int) -> ShardReport:
+    def _note_step(self) -> None:
+        self._num_steps += 1
+
+    def _videos(self, spec: ShardSpec, poison: frozenset[int], part: range | None = None) -> _Videos:
+        found = FoundVersions()
+        read = iterate_videos(spec, self._store, self._config.encoding, self._config.decode, found)
+        return _Videos(read, poison, part, self._note_step, found)
+
+    @contextmanager
+    def _encoded(
+        self,
+        spec: ShardSpec,
+        manifest: DatasetManifest,
+        turn: int,
+        videos: _Videos,
+        elsewhere: Set[tuple[str, int]] = frozenset(),
+    ) -> Iterator[_Encoded]:
+        """A shard as local files, which are gone afterwards; without the samples that stand elsewhere."""
         assert self._decode_pool is not None, "start() has not run"
-        encoding = self._config.encoding
-        videos = _Counted(iterate_videos(spec, self._store, encoding, self._config.decode))
-        largest = max(bucket.num_bytes for bucket in encoding.buckets)
-        directory = Path(tempfile.mkdtemp(dir=self._room.path))
-        ahead = _DecodeAhead(self._decode_pool.decode(videos), largest)
-        try:
-            self._turns.wait_for(turn)
-            encoded = self._encode(spec, manifest, ahead, directory)
-            self._turns.end(turn)
+        largest = max(bucket.num_bytes for bucket in self._config.encoding.buckets)
+        with self._room.folder(spec.shard_id) as directory:
+            ahead = _DecodeAhead(self._decode_pool.decode(videos), largest, self._note_step)
+            try:
+                self._turns.wait_for(turn)
+                encoded = self._encode(spec, manifest, ahead, directory, elsewhere)
+                self._turns.end(turn)
+                yield encoded
+            finally:
+                ahead.close()
+
+    def _attempt(
+        self, spec: ShardSpec, manifest: DatasetManifest, turn: int, poison: frozenset[int], begun: Begun | None
+    ) -> ShardReport:
+        elsewhere: Set[tuple[str, int]] = frozenset()
+        if begun is not None:
+            spec, elsewhere = replace(spec, redo=replace(begun.redo, keys=begun.keys)), begun.elsewhere
+        videos = self._videos(spec, poison)
+        with self._encoded(spec, manifest, turn, videos, elsewhere) as encoded:
             started = time.perf_counter()
-            files = tuple(
-                replace(
-                    put_data_file(self._store, f.path, shard_id=spec.shard_id, content=f.content, num_rows=f.num_rows),
-                    bucket_rows=f.bucket_rows,
-                )
-                for f in encoded.files
-            )
+            files = () if begun is not None else tuple(self._stored(spec, file) for file in encoded.files)
             uploaded = time.perf_counter()
             if self._is_stopping:
                 # Children that this actor itself killed may stand as rejections in what is about to be committed.
                 raise DecodeChildError(f"shard {spec.shard_id} was given up because its actor is being stopped")
-            commit = _new_commit(spec, manifest, files, encoded.counts)
-            outcome = commit_shard(self._store, commit)
+            commit = _new_commit(spec, manifest, files, encoded.counts, videos.found)
+            if begun is None:
+                outcome: str = commit_shard(self._store, commit)
+            else:
+                outcome = finish(self._store, begun, commit, encoded.files, self._room.cache)
             timings_s = {**encoded.timings_s, "upload": uploaded - started, "commit": time.perf_counter() - uploaded}
-        finally:
-            ahead.close()
-            shutil.rmtree(directory, ignore_errors=True)
+            num_bytes_out = sum(file.path.stat().st_size for file in encoded.files)
         return ShardReport(
             shard_id=spec.shard_id,
             outcome=outcome,
             counts=commit.counts,
             num_bytes_in=videos.num_bytes,
-            num_bytes_out=sum(f.num_bytes for f in files),
+            num_bytes_out=num_bytes_out,
+            num_inputs_changed=len(videos.found.changes),
             timings_s=timings_s,
             busy_share=encoded.busy_share,
         )
 
-    def _encode(self, spec: ShardSpec, manifest: DatasetManifest, ahead: _DecodeAhead, directory: Path) -> _Encoded:
+    def _stored(self, spec: ShardSpec, file: WrittenFile) -> FileStat:
+        stat = put_data_file(
+            self._store, file.path, shard_id=spec.shard_id, content=file.content, num_rows=file.num_rows
+        )
+        self._note_step()
+        return replace(stat, bucket_rows=file.bucket_rows)
+
+    def _encode(
+        self,
+        spec: ShardSpec,
+        manifest: DatasetManifest,
+        ahead: _DecodeAhead,
+        directory: Path,
+        elsewhere: Set[tuple[str, int]],
+    ) -> _Encoded:
         assert self._encoder is not None, "start() has not run"
         account = _Account()
         write_s = 0.0
@@ -343,10 +432,11 @@ class EncodeActor:
         with ShardWriter(directory, spec.shard_id, manifest, self._config.encoding.format) as writer:
             for entry in self._encoder.encode(ahead):
                 write_started = time.perf_counter()
+                self._note_step()
                 if isinstance(entry, ClipFailure):
                     account.reject(entry)
                     writer.reject(entry)
-                else:
+                elif (entry.key, entry.clip_index) not in elsewhere:
                     account.accept(entry)
                     writer.write(entry)
                 write_s += time.perf_counter() - write_started
@@ -379,42 +469,98 @@ class _Encoded:
     busy_share: float
 
 
-class _Counted:
-    """Passes videos on and adds up the bytes of their files."""
+class _Videos:
+    """Passes the videos of a shard on: those of a part, or all but the poison, which becomes rejections. Counts them.
 
-    def __init__(self, videos: Iterator[SourceVideo | ClipFailure]) -> None:
+    Args:
+        poison: places in the shard of videos that must not be touched.
+        part: the places that are asked for; None: all.
+    """
+
+    def __init__(
+        self,
+        videos: Iterator[SourceVideo | ClipFailure],
+        poison: frozenset[int],
+        part: range | None,
+        note_step: Callable[[], None],
+        found: FoundVersions,
+    ) -> None:
+        self.found = found
+        self.num_videos = 0
         self.num_bytes = 0
         self._videos = videos
+        self._poison = poison
+        self._part = part
+        self._note_step = note_step
 
     def __iter__(self) -> Iterator[SourceVideo | ClipFailure]:
-        for video in self._videos:
-            if isinstance(video, SourceVideo):
+        for place, video in enumerate(self._videos):
+            self.num_videos = place + 1
+            self._note_step()
+            is_asked_for = self._part is None or place in self._part
+            if isinstance(video, ClipFailure):
+                if is_asked_for:
+                    yield video
+            elif not is_asked_for or place in self._poison:
+                os.close(video.media_fd)
+                if is_asked_for:
+                    yield _poisoned(video)
+            else:
                 self.num_bytes += video.num_bytes
-            yield video
+                yield video
 
 
-def _new_commit(spec: ShardSpec, manifest: DatasetManifest, files: tuple[FileStat, ...], counts: ShardCounts) -> Commit:
+def _poisoned(video: SourceVideo) -> ClipFailure:
+    return ClipFailure(
+        key=video.key,
+        clip_index=None,
+        step="encode",
+        reason="poison",
+        message="the worker process died on this video every time, also when it had no other",
+        source_uri=video.source_uri,
+    )
+
+
+def _new_commit(
+    spec: ShardSpec,
+    manifest: DatasetManifest,
+    files: tuple[FileStat, ...],
+    counts: ShardCounts,
+    found: FoundVersions,
+) -> Commit:
     return Commit(
-        shard_id=spec.shard_id,
+        shard_id=spec.base_id,
         generation=0,
         nonce=uuid.uuid4().hex,
         fingerprint=manifest.fingerprint,
         source_uri=spec.source_uri,
         source_size_bytes=spec.source_size_bytes,
-        source_etag=spec.source_etag,
+        source_etag=spec.source_etag if spec.kind == "tar" else found.digest,
         files=files,
         counts=counts,
         format_version=FORMAT_VERSION,
         code_version=pipeline.__version__,
-        created_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        created_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        source_changes=dict(sorted(found.changes.items())),
     )
 
 
-def _done_already(commit: Commit) -> ShardReport:
+_NOTHING = ShardCounts(
+    num_videos=0,
+    num_videos_ok=0,
+    num_videos_rejected=0,
+    num_clips=0,
+    num_records=0,
+    num_clips_rejected=0,
+    num_frames=0,
+)
+
+
+def _done_already(spec: ShardSpec, counts: ShardCounts) -> ShardReport:
     return ShardReport(
-        shard_id=commit.shard_id,
+        shard_id=spec.shard_id,
         outcome="already_done",
-        counts=commit.counts,
+        counts=counts,
         num_bytes_in=0,
         num_bytes_out=0,
         timings_s={},
@@ -440,8 +586,37 @@ class _Room:
         self._lock = unlocked.open("wb")
         fcntl.flock(self._lock, fcntl.LOCK_EX)
         unlocked.rename(self.path / _LOCK_NAME)
+        self.cache = FileCache(self.path / "committed", _COMMITTED_BYTES)
+
+    @contextmanager
+    def folder(self, shard_id: str) -> Iterator[Path]:
+        """A folder for the files of a shard, gone afterwards.
+
+        Raises:
+            StorageError: the disk is full.
+        """
+        directory: Path | None = None
+        try:
+            directory = Path(tempfile.mkdtemp(dir=self.path))
+            yield directory
+        except OSError as error:
+            if _is_full(error):
+                raise StorageError(
+                    f"shard {shard_id}: no space is left in the temporary folder {self.path.parent} of "
+                    f"{platform.node()} ({shutil.disk_usage(self.path).free:,} bytes free); make room there, or set "
+                    "TMPDIR to a larger disk"
+                ) from error
+            raise
+        finally:
+            if directory is not None:
+                shutil.rmtree(directory, ignore_errors=True)
 
     def close(self) -> None:
         """Removes the room."""
         shutil.rmtree(self.path, ignore_errors=True)
         self._lock.close()
+
+
+def _is_full(error: OSError) -> bool:
+    # pyarrow gives the number in its text alone.
+    return error.errno in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error)

@@ -20,7 +20,7 @@ from pipeline.records import REASONS
 
 STAGES = ("decode", "wait", "encode", "write", "upload", "commit")
 SHARD_STATES = ("pending", "running", "done", "undone")
-COMMIT_OUTCOMES = ("committed", "lost_race", "already_done")
+COMMIT_OUTCOMES = ("committed", "lost_race", "already_done", "restored")
 _SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000, 3000)
 
 
@@ -60,6 +60,9 @@ METRICS: Mapping[str, Metric] = {
     ),
     "latentmill_shard_attempts_failed_total": Metric(
         kind="counter", help="attempts at a shard that ended in an error or a dead actor", labels={}
+    ),
+    "latentmill_actors_hanging_total": Metric(
+        kind="counter", help="actors that were frozen or made no step, and were killed", labels={}
     ),
     "latentmill_queue_depth": Metric(
         kind="gauge", help="shards handed to an actor and not yet returned", labels={"actor": None}

@@ -2,6 +2,10 @@
 
 Not where anything is encoded. Nothing that it holds is needed to go on after it dies: what is done stands in the commit
 records of the output, and the same command again does the rest. `jobs/encode_laion.py` calls `run`.
+
+Ray reports an actor that died. It reports none that is frozen or hangs, so the driver asks each for its steps, ends
+those that stay silent or make none, and gives their shards to others; what they may still commit later is harmless.
+A shard that kills its worker every time is searched for the video that does it (`_Search`).
 """
 
 from __future__ import annotations
@@ -9,41 +13,48 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import tempfile
 import threading
 import time
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from ipaddress import ip_address
 from itertools import islice
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import ray
 import torch
+from ray._private.authentication.authentication_utils import is_token_auth_enabled
 from ray.exceptions import ActorDiedError, RayActorError, RayError, RayTaskError
 
 from pipeline.actors import EncodeActor, ShardReport, WorkerFacts
 from pipeline.codec import CPU_ENVIRONMENT, load_model
 from pipeline.commit import (
+    DecidedShard,
     Snapshot,
     check_store,
     committed_ids,
     decided_shards,
     fingerprint_of,
-    load_commits,
+    known_commits,
     open_dataset,
     publish_snapshot,
     read_manifest,
     refuse_differences,
 )
+from pipeline.committed import FileCache
 from pipeline.config import JobConfig
 from pipeline.errors import ConfigMismatchError, LatentmillError, StorageError, UsageError
 from pipeline.format import FORMAT_VERSION
 from pipeline.metrics import RunMetrics
-from pipeline.plan import infer_passthrough, plan_shards
+from pipeline.plan import InputChange, changed_inputs, infer_passthrough, plan_shards
 from pipeline.progress import Progress, RateMeter, Standing
 from pipeline.records import Commit, DatasetManifest, ShardCounts, ShardSpec
+from pipeline.redo import Retries, ordered_repairs, repairs, retries
 from pipeline.storage import ObjectStore, open_store
 
 EXIT_OK, EXIT_USAGE, EXIT_MISMATCH, EXIT_UNDONE, EXIT_REJECTED, EXIT_INTERRUPTED = 0, 2, 3, 4, 5, 130
@@ -53,14 +64,27 @@ RESULT_VERSION = 1
 _SHARDS_PER_ACTOR = 2
 _LOOK_AHEAD = 100
 _POLL_S = 0.5
-_GRACE_S = 10.0
 _STOP_S = 5.0
+_BEAT_S = 2.0
+# Of the time between two looks at the actors, no more than this counts: a driver that was frozen itself, or waited for
+# the store, must not blame the actors.
+_LONGEST_LOOK_S = 5.0
 _SNAPSHOT_EVERY = 1000
+_MAX_TOLD = 20
+# Committed files that are read to see what is left to retry.
+_COMMITTED_BYTES = 4 << 30
 _MAX_FAILED_STARTS = 3
 # Calls to an actor that Ray is starting again fail after about two seconds: for minutes it may wait for a new node.
 _MAX_FAILED_RETURNS = 150
+_TOLD_RETURNS = 15
 # An actor that fails at every shard (a lost GPU context, a full disk) must not spend the attempts of all of them.
 _MAX_FAILED_SHARDS = 2
+# Errors one after the other, none of them a death, with no shard decided in between: a full disk, credentials that
+# expired. Going on would spend the attempts of every shard.
+_MAX_ERRORS_IN_A_ROW = 12
+# One video alone must kill its worker so often before it is held for poison.
+_NUM_CONFIRMATIONS = 2
+_MAX_POISON = 10
 _PATIENCE_S = 60.0
 
 
@@ -90,6 +114,17 @@ class RunSummary:
     clips_per_s: float
     is_trained: bool | None = None
     undone: Mapping[str, str] = field(default_factory=dict)  # shard id -> last error, at most 20 of them
+    # What was done once more, and what became of it.
+    num_shards_retried: int = 0
+    num_videos_retried: int = 0
+    num_videos_recovered: int = 0  # of these, now ok
+    num_videos_spent: int = 0  # rejections of the asked reasons that had all their attempts
+    num_records_repaired: int = 0
+    # Inputs that changed after they were encoded (the output keeps what it has), and between planning and encoding (the
+    # output has what was found then).
+    num_inputs_changed: int = 0
+    num_inputs_changed_on_the_way: int = 0
+    inputs_changed: Mapping[str, Sequence[str]] = field(default_factory=dict)  # URI -> version then and now, at most 20
 
 
 class _Interrupt:
@@ -130,8 +165,6 @@ def run(config: JobConfig, progress: Progress, metrics: RunMetrics) -> RunSummar
         ConfigMismatchError: the output holds another configuration.
         StorageError: the output or the listing of the input failed for good.
     """
-    if config.run.retry_failed:
-        raise UsageError("--retry-failed is not available in this version; rejections stay recorded as they are")
     if config.run.text_encoder is not None:
         raise UsageError("--text-encoder is not available in this version; captions are stored as text")
     started = time.monotonic()
@@ -140,17 +173,21 @@ def run(config: JobConfig, progress: Progress, metrics: RunMetrics) -> RunSummar
     if stored is not None:
         _refuse_other_encoding(store, stored, config)
     specs = plan_shards(config.source, store, write=not config.run.dry_run)
-    decided = committed_ids(store)
-    open_specs = [spec for spec in specs if spec.shard_id not in decided]
-    todo = open_specs[: config.source.limit]
-    planned = [spec.shard_id for spec in specs if spec.shard_id in decided] + [spec.shard_id for spec in todo]
-    ledger = _Ledger(planned, todo, started, config, metrics)
+    before = {shard.shard_id: shard for shard in decided_shards(known_commits(store))}
+    open_specs = [spec for spec in specs if spec.shard_id not in before]
+    again = _again(store, specs, before, config, progress)
+    todo = [*open_specs, *again.specs][: config.source.limit]
+    planned = [spec.shard_id for spec in specs if spec.shard_id in before]
+    planned += [spec.shard_id for spec in todo if spec.redo is None]
+    ledger = _Ledger(planned, todo, again, started, config, metrics)
     progress.say(
         "plan",
-        f"{len(specs)} shards planned, {len(specs) - len(open_specs)} decided before, {len(todo)} to do in this run",
+        f"{len(specs)} shards planned, {len(specs) - len(open_specs)} decided before, {len(todo)} to do in this run"
+        + (f", of these {len(again.specs)} once more" if again.specs else ""),
     )
+    commits_before = [commit for shard in before.values() for commit in shard.commits]
     if config.run.dry_run:
-        return ledger.summary(EXIT_OK, load_commits(store, decided), None, None)
+        return ledger.summary(EXIT_OK, commits_before, None, None)
     if not todo:
         if stored is not None:
             _refuse_other_model(store, stored, config)
@@ -162,17 +199,73 @@ def run(config: JobConfig, progress: Progress, metrics: RunMetrics) -> RunSummar
         try:
             facts = pool.start(interrupt)
             if facts is None:
-                return ledger.summary(EXIT_INTERRUPTED, load_commits(store, decided), None, None)
+                return ledger.summary(EXIT_INTERRUPTED, commits_before, None, None)
             manifest = _open_output(store, stored, config, facts, specs)
             if not manifest.model.is_trained:
                 progress.say("untrained", f"the model {manifest.model.model!r} is untrained: its latents mean nothing")
-            _Dispatch(pool, manifest, ledger, interrupt, progress, store).until_decided()
+            _Dispatch(pool, manifest, ledger, interrupt, progress, store, config.run.grace_s).until_decided()
         finally:
             pool.stop()
     snapshot = publish_snapshot(store)
     if interrupt.is_set:
         return ledger.summary(EXIT_INTERRUPTED, snapshot.commits, snapshot, manifest.model.is_trained)
     return ledger.close(snapshot, manifest.model.is_trained)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Again:
+    """What of the decided shards concerns this run: inputs that changed, rejections to retry, records to repair."""
+
+    before: Mapping[str, DecidedShard]
+    changes: Sequence[InputChange]
+    retried: Retries
+    repaired: Sequence[ShardSpec]
+
+    @property
+    def specs(self) -> list[ShardSpec]:
+        return [*self.repaired, *self.retried.specs]
+
+
+def _again(
+    store: ObjectStore,
+    specs: Sequence[ShardSpec],
+    before: Mapping[str, DecidedShard],
+    config: JobConfig,
+    progress: Progress,
+) -> _Again:
+    changes = changed_inputs(specs, before)
+    for change in changes[:_MAX_TOLD]:
+        progress.say(
+            "changed",
+            f"shard {change.shard_id} keeps what it has of {change.uri}, which changed since it was encoded (size and "
+            f"etag or time of change {change.encoded}, now {change.found}); give it another name to encode it as well",
+        )
+    if len(changes) > _MAX_TOLD:
+        progress.say("changed", f"{len(changes)} inputs changed since they were encoded, {_MAX_TOLD} are named above")
+    repaired = repairs({spec.shard_id: spec for spec in specs}, before, ordered_repairs(store, before))
+    in_repair = {spec.base_id for spec in repaired}
+    changed: dict[str, list[str]] = {}
+    for change in changes:
+        changed.setdefault(change.shard_id, []).append(change.uri)
+    with tempfile.TemporaryDirectory(prefix="latentmill-driver-") as folder:
+        retried = retries(
+            store,
+            [spec for spec in specs if spec.shard_id not in in_repair],
+            before,
+            config.run.retry_failed,
+            max_attempts=config.run.max_attempts,
+            changed=changed,
+            cache=FileCache(Path(folder), _COMMITTED_BYTES),
+        )
+    for shard_id, why in list(retried.refused.items())[:_MAX_TOLD]:
+        progress.say("retry", f"shard {shard_id} is not retried: {why}")
+    if config.run.retry_failed:
+        progress.say(
+            "retry",
+            f"{retried.num_videos} rejected videos of {len(retried.specs)} shards are tried again; {retried.num_spent} "
+            f"had their {config.run.max_attempts} attempts before (--max-attempts)",
+        )
+    return _Again(before=before, changes=changes, retried=retried, repaired=repaired)
 
 
 def _refuse_other_encoding(store: ObjectStore, stored: DatasetManifest, config: JobConfig) -> None:
@@ -230,9 +323,18 @@ class _Ledger:
     """What was to be done, what was done and what it gave; every number that a run shows comes from here."""
 
     def __init__(
-        self, planned: Sequence[str], todo: Sequence[ShardSpec], started: float, config: JobConfig, metrics: RunMetrics
+        self,
+        planned: Sequence[str],
+        todo: Sequence[ShardSpec],
+        again: _Again,
+        started: float,
+        config: JobConfig,
+        metrics: RunMetrics,
     ) -> None:
         self.todo = tuple(todo)
+        self._again = again
+        self._redone_ids = {spec.shard_id: spec for spec in todo if spec.redo is not None}
+        self._num_changed_on_the_way = 0
         self.metrics = metrics
         self.undone: dict[str, str] = {}
         self.done: set[str] = set()
@@ -246,12 +348,22 @@ class _Ledger:
         self.note_states(0)
 
     @property
+    def _num_done_before(self) -> int:
+        return len(self._planned) - (len(self.todo) - len(self._redone_ids))
+
+    @property
     def num_left(self) -> int:
         return len(self.todo) - len(self.done) - len(self.undone)
+
+    @property
+    def first_done(self) -> set[str]:
+        """The shards among those done that were not decided before."""
+        return self.done - self._redone_ids.keys()
 
     def add(self, report: ShardReport, actor: int) -> None:
         """Counts a shard that is decided."""
         self.done.add(report.shard_id)
+        self._num_changed_on_the_way += report.num_inputs_changed
         counts = report.counts
         metrics = self.metrics
         metrics.add("latentmill_shard_commit_total", outcome=report.outcome)
@@ -277,7 +389,7 @@ class _Ledger:
         for state, number in (
             ("pending", self.num_left - num_running),
             ("running", num_running),
-            ("done", len(self._planned) - len(self.todo) + len(self.done)),
+            ("done", self._num_done_before + len(self.done)),
             ("undone", len(self.undone)),
         ):
             self.metrics.set("latentmill_shards", number, state=state)
@@ -308,7 +420,7 @@ class _Ledger:
         # The last attempt may have died just after its commit, or another job may have been faster.
         num_undone = len(set(self._planned) - decided)
         summary = replace(summary, num_shards_undone=num_undone)
-        if num_undone:
+        if num_undone or self._redone_ids.keys() - self.done:
             return replace(summary, exit_code=EXIT_UNDONE)
         if summary.num_videos_rejected > self._config.run.max_rejected_share * summary.num_videos:
             return replace(summary, exit_code=EXIT_REJECTED)
@@ -319,14 +431,31 @@ class _Ledger:
     ) -> RunSummary:
         """The accounts of every planned shard among the commits."""
         planned = set(self._planned)
-        totals = _sum(shard.counts for shard in decided_shards(commits) if shard.shard_id in planned)
+        shards = {shard.shard_id: shard for shard in decided_shards(commits) if shard.shard_id in planned}
+        totals = _sum(shard.counts for shard in shards.values())
         elapsed_s = time.monotonic() - self._started
+        redone = [spec for name, spec in self._redone_ids.items() if name in self.done]
+        retried = [spec.redo for spec in redone if spec.redo is not None and spec.redo.replaces is None]
+        changes = self._again.changes
+        num_first = len(self.todo) - len(self._redone_ids)
         return RunSummary(
             exit_code=exit_code,
             num_shards=len(self._planned),
-            num_shards_done_before=len(self._planned) - len(self.todo),
-            num_shards_done=len(self.done),
-            num_shards_undone=len(self.todo) - len(self.done),
+            num_shards_done_before=self._num_done_before,
+            num_shards_done=len(self.done) - len(redone),
+            num_shards_undone=num_first - (len(self.done) - len(redone)),
+            num_shards_retried=len(retried),
+            num_videos_retried=sum(1 if redo.keys is None else len(redo.keys) for redo in retried),
+            num_videos_recovered=sum(
+                shards[redo.shard_id].counts.num_videos_ok - self._again.before[redo.shard_id].counts.num_videos_ok
+                for redo in retried
+                if redo.shard_id in shards
+            ),
+            num_videos_spent=self._again.retried.num_spent,
+            num_records_repaired=len(redone) - len(retried),
+            num_inputs_changed=len(changes),
+            num_inputs_changed_on_the_way=self._num_changed_on_the_way,
+            inputs_changed={change.uri: [change.encoded, change.found] for change in changes[:_MAX_TOLD]},
             num_videos=totals.num_videos,
             num_videos_ok=totals.num_videos_ok,
             num_videos_rejected=totals.num_videos_rejected,
@@ -389,10 +518,23 @@ def _ray(config: JobConfig, progress: Progress) -> Iterator[None]:
             logging_level=logging.ERROR,
         )
     progress.say("ray", f"Ray {ray.__version__}, {'cluster ' + address if address else 'embedded'}, {_resources()}")
+    _warn_of_open_cluster(progress)
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _warn_of_open_cluster(progress: Progress) -> None:
+    addresses = sorted({node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]})
+    reachable = [address for address in addresses if not ip_address(address).is_loopback]
+    # A cluster that checks tokens takes no driver without one.
+    if reachable and not is_token_auth_enabled():
+        progress.say(
+            "warning",
+            f"Ray listens on {', '.join(reachable[:3])} without token authentication: whoever reaches it runs code on "
+            "every node. Start the cluster with RAY_AUTH_MODE=token, or keep it in a network of its own",
+        )
 
 
 def _resources() -> str:
@@ -423,6 +565,13 @@ class _Slot:
     held: set[str] = field(default_factory=set)
     num_failed_starts: int = 0  # since it was last ready
     num_failed_shards: int = 0  # since it last decided one
+    beat: Any = None  # the question that is not answered yet
+    has_been_heard: bool = False  # since its process was started
+    num_steps: int = -1
+    # In the driver's waking time:
+    asked_s: float = 0.0
+    heard_s: float = 0.0
+    stepped_s: float = 0.0
 
 
 class _Pool:
@@ -444,11 +593,14 @@ class _Pool:
             num_gpus=num_gpus,
             max_restarts=-1,
             max_task_retries=0,
-            max_concurrency=_SHARDS_PER_ACTOR + 1,
+            max_concurrency=_SHARDS_PER_ACTOR + 2,  # beside shards: start or stop, and beats
             runtime_env={} if num_gpus else {"env_vars": CPU_ENVIRONMENT},
         )
         self._wanted = f"{num_actors} actors of {num_cpus} CPUs and {num_gpus:g} GPUs each"
         self._progress = progress
+        self._run = config.run
+        self._awake_s = 0.0
+        self._looked_s = time.monotonic()
         self.slots = [_Slot(index, actor.remote(config, str(index), device_type)) for index in range(num_actors)]
         self.starting: dict[Any, _Slot] = {}
         for slot in self.slots:
@@ -489,7 +641,8 @@ class _Pool:
             if isinstance(error, ActorDiedError) or slot.num_failed_starts >= limit:
                 self._give_up(slot, error)
             else:
-                self._progress.say("actor", f"encoder {slot.index} does not answer yet: {_in_short(error)}")
+                if slot.num_failed_starts % _TOLD_RETURNS == 1:
+                    self._progress.say("actor", f"encoder {slot.index} does not answer yet: {_in_short(error)}")
                 self._start(slot)
             return None
         slot.is_ready = slot.has_been_ready = True
@@ -510,6 +663,47 @@ class _Pool:
 
     def _start(self, slot: _Slot) -> None:
         self.starting[slot.handle.start.remote()] = slot
+        slot.beat, slot.has_been_heard = None, False
+        slot.asked_s = slot.heard_s = slot.stepped_s = self._awake_s
+
+    def hanging(self) -> list[tuple[_Slot, str]]:
+        """Actors that do not answer any more, or hold shards and make no step, each with what is to be said of it."""
+        now = time.monotonic()
+        self._awake_s += min(now - self._looked_s, _LONGEST_LOOK_S)
+        self._looked_s = now
+        for slot in self.slots:
+            self._listen(slot)
+        return [(slot, why) for slot in self.slots if (why := self._why_hanging(slot)) is not None]
+
+    def _listen(self, slot: _Slot) -> None:
+        if slot.beat is not None and ray.wait([slot.beat], timeout=0)[0]:
+            with suppress(RayError):  # of a death its shards, or its start, will tell
+                num_steps = ray.get(slot.beat)
+                slot.has_been_heard, slot.heard_s = True, self._awake_s
+                if num_steps != slot.num_steps or not slot.held:
+                    slot.num_steps, slot.stepped_s = num_steps, self._awake_s
+            slot.beat = None
+        if slot.beat is None and self._awake_s - slot.asked_s >= _BEAT_S:
+            slot.asked_s = self._awake_s
+            slot.beat = slot.handle.beat.remote()
+
+    def _why_hanging(self, slot: _Slot) -> str | None:
+        silent_s, idle_s = self._awake_s - slot.heard_s, self._awake_s - slot.stepped_s
+        # An actor that was never heard may wait for a place on a node, or for the start of its process.
+        silence_s = self._run.silence_timeout_s if slot.has_been_heard else self._run.stall_timeout_s
+        if silent_s > silence_s:
+            return f"did not answer for {silent_s:.0f} s (--silence-timeout-s {silence_s:g})"
+        if slot.held and idle_s > self._run.stall_timeout_s:
+            return f"made no step for {idle_s:.0f} s (--stall-timeout-s {self._run.stall_timeout_s:g})"
+        return None
+
+    def end_hanging(self, slot: _Slot) -> None:
+        """Kills an actor that hangs, and starts it anew; Ray kills by SIGKILL where asking does not help."""
+        if slot.is_ready:
+            self.restart(slot, kill=True)
+        else:
+            ray.kill(slot.handle, no_restart=False)
+            slot.beat, slot.has_been_heard, slot.heard_s = None, False, self._awake_s
 
     def _give_up(self, slot: _Slot, error: Exception) -> None:
         message = f"encoder {slot.index} could not be started {slot.num_failed_starts} times: {_in_short(error)}"
@@ -524,6 +718,69 @@ class _Pool:
             ray.kill(slot.handle)
 
 
+class _Search:
+    """Finds the one video of a shard that kills its worker: halves are tried, then that video alone.
+
+    Deaths that have other causes lead it astray, and then the last video does not kill: nothing was found.
+    """
+
+    def __init__(self) -> None:
+        self.num_errors = 0
+        self._low = 0
+        self._high: int | None = None
+        self._num_deaths_alone = 0
+
+    def next_part(self) -> range:
+        """The places of the videos to try next; the first time none, to learn how many there are."""
+        if self._high is None:
+            return range(0)
+        return range(self._low, max(self._low + 1, (self._low + self._high) // 2))
+
+    def note_death(self) -> int | None:
+        """The last part killed its worker. Returns the place of the poison once it is certain.
+
+        Raises:
+            _NotFoundError: the shard cannot even be read without a death.
+        """
+        part = self.next_part()
+        if self._high is None:
+            raise _NotFoundError
+        if self._high - self._low > 1:
+            self._high = part.stop
+            return None
+        self._num_deaths_alone += 1
+        return self._low if self._num_deaths_alone == _NUM_CONFIRMATIONS else None
+
+    def note_survival(self, num_videos: int) -> None:
+        """The last part killed nobody; the shard has so many videos.
+
+        Raises:
+            _NotFoundError: no video is left that could be the one.
+        """
+        part = self.next_part()
+        if self._high is None:
+            self._high = num_videos
+        elif self._high - self._low > 1:
+            self._low = part.stop
+        else:
+            raise _NotFoundError
+        if self._low == self._high:
+            raise _NotFoundError
+
+
+class _NotFoundError(Exception):
+    """No single video of a shard kills its worker."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """A call that an actor has been given; `part` for a probe, None for an attempt at the whole shard."""
+
+    spec: ShardSpec
+    slot: _Slot
+    part: range | None
+
+
 class _Dispatch:
     """Hands shards to actors and takes reports back, until nothing is left or the run is interrupted."""
 
@@ -535,7 +792,9 @@ class _Dispatch:
         interrupt: _Interrupt,
         progress: Progress,
         store: ObjectStore,
+        grace_s: float,
     ) -> None:
+        self._grace_s = grace_s
         self._pool = pool
         self._manifest = manifest
         self._ledger = ledger
@@ -544,12 +803,15 @@ class _Dispatch:
         self._store = store
         self._max_attempts = ledger.max_attempts
         self._waiting = deque(ledger.todo)
-        self._running: dict[Any, tuple[ShardSpec, _Slot]] = {}
+        self._running: dict[Any, _Task] = {}
         self._attempts: Counter[str] = Counter()
         # Shards that were held by an actor when it died. Each goes alone from then on: of two that were held only one
         # killed it, and the other must not spend its attempts in that company.
         self._suspects: set[str] = set()
         self._failed_on: dict[str, int] = {}  # shard id -> actor of its last attempt
+        self._searches: dict[str, _Search] = {}
+        self._poison: dict[str, frozenset[int]] = {}
+        self._num_errors_in_a_row = 0
 
     def until_decided(self) -> None:
         """Runs to the end.
@@ -562,17 +824,20 @@ class _Dispatch:
         while not self._interrupt.is_set and self._ledger.num_left:
             self._hand_out()
             self._take_back(_POLL_S)
+            for slot, why in self._pool.hanging():
+                self._end_hanging(slot, why)
             if len(self._ledger.done) - last_snapshot >= _SNAPSHOT_EVERY:
                 publish_snapshot(self._store)
                 last_snapshot = len(self._ledger.done)
             self._progress.show(self._ledger.standing(len(self._running)))
         if self._interrupt.is_set:
             self._progress.say("interrupt", "interrupted: ending what is about to be committed; again to stop at once")
-            deadline = time.monotonic() + _GRACE_S
+            deadline = time.monotonic() + self._grace_s
             while self._running and time.monotonic() < deadline:
                 self._take_back(_POLL_S)
         self._progress.show(self._ledger.standing(len(self._running)), is_last=True)
-        unseen = self._ledger.done - committed_ids(self._store)
+        # What was put back in place has no record of its own.
+        unseen = self._ledger.first_done - committed_ids(self._store)
         if unseen:
             raise StorageError(
                 f"{len(unseen)} shards (such as {min(unseen)}) were committed by an actor but are not seen from the "
@@ -592,7 +857,14 @@ class _Dispatch:
             return
         self._waiting.remove(spec)
         slot.held.add(spec.shard_id)
-        self._running[slot.handle.process.remote(spec, self._manifest)] = (spec, slot)
+        poison = self._poison.get(spec.shard_id, frozenset())
+        search = self._searches.get(spec.shard_id)
+        if search is None:
+            self._running[slot.handle.process.remote(spec, self._manifest, poison)] = _Task(spec, slot, None)
+        else:
+            part = search.next_part()
+            reference = slot.handle.probe.remote(spec, self._manifest, part, poison)
+            self._running[reference] = _Task(spec, slot, part)
         self._note_depth(slot)
 
     def _next_for(self, slot: _Slot) -> ShardSpec | None:
@@ -620,35 +892,116 @@ class _Dispatch:
         if reference in self._pool.starting:
             self._pool.admit(reference)
             return
-        spec, slot = self._running.pop(reference)
+        task = self._running.pop(reference)
+        spec, slot = task.spec, task.slot
         slot.held.discard(spec.shard_id)
         self._note_depth(slot)
         try:
-            self._ledger.add(ray.get(reference), slot.index)
-            slot.num_failed_shards = 0
+            found = ray.get(reference)
         except RayTaskError as error:
             if isinstance(error.cause, UsageError | ConfigMismatchError):
                 raise error.cause from error
             slot.num_failed_shards += 1
             if slot.num_failed_shards >= _MAX_FAILED_SHARDS:
                 self._pool.restart(slot, kill=True)
-            self._try_again(spec, slot, _message(error.cause))
+            self._note_error(task, _message(error.cause))
         except RayActorError as error:
-            self._suspects.add(spec.shard_id)
             self._pool.restart(slot, kill=False)
-            self._try_again(spec, slot, f"the worker process died: {_in_short(error)}")
-
-    def _try_again(self, spec: ShardSpec, slot: _Slot, message: str) -> None:
-        self._failed_on[spec.shard_id] = slot.index
-        self._attempts[spec.shard_id] += 1
-        self._ledger.metrics.add("latentmill_shard_attempts_failed_total")
-        attempt = f"attempt {self._attempts[spec.shard_id]} of {self._max_attempts}"
-        if self._attempts[spec.shard_id] < self._max_attempts:
-            self._progress.say("retry", f"shard {spec.shard_id}: {attempt} failed and is repeated: {message}")
-            self._waiting.append(spec)
+            self._note_death(task, f"the worker process died: {_in_short(error)}")
         else:
-            self._progress.say("undone", f"shard {spec.shard_id}: {attempt} failed; it is left undone: {message}")
-            self._ledger.undone[spec.shard_id] = message
+            slot.num_failed_shards = self._num_errors_in_a_row = 0
+            if task.part is None:
+                self._ledger.add(found, slot.index)
+            else:
+                self._note_survival(task, found)
+
+    def _end_hanging(self, slot: _Slot, why: str) -> None:
+        """Gives the shards of an actor that hangs to others; what it may still commit is decided at the store."""
+        message = f"encoder {slot.index} {why} and was killed"
+        self._progress.say("hanging", message)
+        self._ledger.metrics.add("latentmill_actors_hanging_total")
+        self._pool.end_hanging(slot)
+        for reference in [reference for reference, task in self._running.items() if task.slot is slot]:
+            task = self._running.pop(reference)
+            slot.held.discard(task.spec.shard_id)
+            self._note_death(task, message)
+        self._note_depth(slot)
+
+    def _note_error(self, task: _Task, message: str) -> None:
+        """An attempt ended in an error, and its worker lives."""
+        self._num_errors_in_a_row += 1
+        search = self._searches.get(task.spec.shard_id)
+        if search is None:
+            self._try_again(task, message, is_death=False)
+        else:
+            search.num_errors += 1
+            self._failed_on[task.spec.shard_id] = task.slot.index
+            if search.num_errors < self._max_attempts:
+                self._waiting.append(task.spec)
+            else:
+                self._leave_undone(task.spec, f"the search for the video that kills the worker failed: {message}")
+        if self._num_errors_in_a_row >= _MAX_ERRORS_IN_A_ROW:
+            raise LatentmillError(
+                f"{self._num_errors_in_a_row} attempts in a row failed and none succeeded, so the run stops; what is "
+                f"committed stays, the same command goes on. The last error: {message}"
+            )
+
+    def _note_death(self, task: _Task, message: str) -> None:
+        shard_id = task.spec.shard_id
+        self._suspects.add(shard_id)
+        search = self._searches.get(shard_id)
+        if search is None or task.part is None:
+            self._try_again(task, message, is_death=True)
+            return
+        self._ledger.metrics.add("latentmill_shard_attempts_failed_total")
+        try:
+            place = search.note_death()
+        except _NotFoundError:
+            self._give_up_search(task.spec, message)
+            return
+        if place is not None:
+            del self._searches[shard_id]
+            self._poison[shard_id] = self._poison.get(shard_id, frozenset()) | {place}
+            self._attempts[shard_id] = 0
+            self._progress.say(
+                "poison", f"shard {shard_id}: video {place} (from 0) kills the worker every time, rejected"
+            )
+        self._failed_on[shard_id] = task.slot.index
+        self._waiting.append(task.spec)
+
+    def _note_survival(self, task: _Task, num_videos: int) -> None:
+        search = self._searches[task.spec.shard_id]
+        search.num_errors = 0
+        try:
+            search.note_survival(num_videos)
+        except _NotFoundError:
+            self._give_up_search(task.spec, f"the worker process died {self._max_attempts} times")
+            return
+        self._waiting.append(task.spec)
+
+    def _give_up_search(self, spec: ShardSpec, message: str) -> None:
+        del self._searches[spec.shard_id]
+        self._leave_undone(spec, f"{message}; no single video of the shard does it")
+
+    def _try_again(self, task: _Task, message: str, *, is_death: bool) -> None:
+        shard_id = task.spec.shard_id
+        self._failed_on[shard_id] = task.slot.index
+        self._attempts[shard_id] += 1
+        self._ledger.metrics.add("latentmill_shard_attempts_failed_total")
+        attempt = f"attempt {self._attempts[shard_id]} of {self._max_attempts}"
+        if self._attempts[shard_id] < self._max_attempts:
+            self._progress.say("retry", f"shard {shard_id}: {attempt} failed and is repeated: {message}")
+            self._waiting.append(task.spec)
+        elif is_death and len(self._poison.get(shard_id, ())) < _MAX_POISON:
+            self._progress.say("search", f"shard {shard_id}: {attempt} failed; looking for the video: {message}")
+            self._searches[shard_id] = _Search()
+            self._waiting.append(task.spec)
+        else:
+            self._leave_undone(task.spec, f"{attempt} failed: {message}")
+
+    def _leave_undone(self, spec: ShardSpec, message: str) -> None:
+        self._progress.say("undone", f"shard {spec.shard_id} is left undone: {message}")
+        self._ledger.undone[spec.shard_id] = message
 
 
 def _message(error: BaseException) -> str:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, ClassVar
 
 from pipeline.errors import ObjectExistsError, StorageError, StorageNotFoundError, UsageError
 
@@ -39,7 +39,13 @@ class ObjectInfo:
 
 
 class Backoff:
-    """Pauses between attempts: full jitter, the limit doubling from 0.1 s to 20 s, until a budget is spent."""
+    """Pauses between attempts: full jitter, the limit doubling from 0.1 s to 20 s, until a budget is spent.
+
+    Attributes:
+        num_pauses_of_process: of all backoffs of this process: who waits for a store is not hanging.
+    """
+
+    num_pauses_of_process: ClassVar[int] = 0
 
     def __init__(self) -> None:
         self.num_pauses = 0
@@ -53,6 +59,7 @@ class Backoff:
         if time.monotonic() - self._started + pause_s > (RETRY_BUDGET_S if budget_s is None else budget_s):
             return False
         self.num_pauses += 1
+        Backoff.num_pauses_of_process += 1
         time.sleep(pause_s)
         return True
 
@@ -136,11 +143,8 @@ class ObjectStore(ABC):
 
 def sha256_of_file(path: Path) -> str:
     """SHA-256 of a local file in hex."""
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def shown_uri(uri: str) -> str:

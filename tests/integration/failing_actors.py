@@ -6,17 +6,22 @@ Started by test_failing_actors.py; the actors are the real ones but for the faul
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 import pipeline.run
 from jobs.encode_laion import main
-from pipeline.actors import EncodeActor, ShardReport
+from pipeline.actors import EncodeActor, ShardReport, WorkerFacts
 from pipeline.config import JobConfig
-from pipeline.records import DatasetManifest, ShardSpec
+from pipeline.records import Clip, ClipFailure, DatasetManifest, LatentRecord, ShardSpec
+
+# The second video of the first shard, as tests.builders.pack_clips names it.
+POISON_KEY = "000000001"
 
 
 class NeverBuilt(EncodeActor):
@@ -30,10 +35,10 @@ class NeverBuilt(EncodeActor):
 class FirstFailsAlways(EncodeActor):
     """Actor 0 fails at every shard at once, as after the loss of a GPU context."""
 
-    def process(self, spec: ShardSpec, manifest: DatasetManifest) -> ShardReport:
+    def process(self, spec: ShardSpec, manifest: DatasetManifest, poison: frozenset[int] = frozenset()) -> ShardReport:
         if self._name == "0":
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
-        return super().process(spec, manifest)
+        return super().process(spec, manifest, poison)
 
 
 class SlowToReturn(EncodeActor):
@@ -44,15 +49,51 @@ class SlowToReturn(EncodeActor):
         if Path(config.run.output, "died").exists():
             time.sleep(8)
 
-    def process(self, spec: ShardSpec, manifest: DatasetManifest) -> ShardReport:
+    def process(self, spec: ShardSpec, manifest: DatasetManifest, poison: frozenset[int] = frozenset()) -> ShardReport:
         marker = Path(self._config.run.output, "died")
         if not marker.exists():
             marker.touch()
             os._exit(9)
-        return super().process(spec, manifest)
+        return super().process(spec, manifest, poison)
+
+
+class FreezesOrHangs(EncodeActor):
+    """With its first shard actor 0 freezes as a whole; actor 1 hangs, and still answers."""
+
+    def process(self, spec: ShardSpec, manifest: DatasetManifest, poison: frozenset[int] = frozenset()) -> ShardReport:
+        marker = Path(self._config.run.output, f"struck-{self._name}")
+        if not marker.exists():
+            marker.touch()
+            if self._name == "0":
+                os.kill(os.getpid(), signal.SIGSTOP)
+            time.sleep(10_000)
+        return super().process(spec, manifest, poison)
+
+
+class Poisoned(EncodeActor):
+    """One video kills the process each time that it reaches the encoder."""
+
+    def start(self) -> WorkerFacts:
+        is_new = self._encoder is None
+        facts = super().start()
+        if is_new:
+            encode = self._encoder.encode
+
+            def deadly(clips: Iterable[Clip | ClipFailure]) -> Iterator[Clip | ClipFailure]:
+                for clip in clips:
+                    if isinstance(clip, Clip) and clip.key == POISON_KEY:
+                        os.kill(os.getpid(), signal.SIGKILL)
+                    yield clip
+
+            def encode_or_die(clips: Iterable[Clip | ClipFailure]) -> Iterator[LatentRecord | ClipFailure]:
+                return encode(deadly(clips))
+
+            self._encoder.encode = encode_or_die
+        return facts
 
 
 if __name__ == "__main__":
-    faults = {cls.__name__: cls for cls in (NeverBuilt, FirstFailsAlways, SlowToReturn)}
+    classes = (NeverBuilt, FirstFailsAlways, SlowToReturn, FreezesOrHangs, Poisoned)
+    faults = {cls.__name__: cls for cls in classes}
     pipeline.run.EncodeActor = faults[sys.argv[1]]
     sys.exit(main(sys.argv[2:]))

@@ -89,6 +89,10 @@ class RunningJob:
                     found.append(process)
         return found
 
+    def forget(self, process: psutil.Process) -> None:
+        """Leaves a descendant alive when the block ends; whoever calls this ends it."""
+        self._tree.pop(process.pid, None)
+
     def wait_until(self, condition: Callable[[], bool], what: str, timeout_s: float = 120) -> None:
         """Polls a condition while the job runs."""
         deadline = time.monotonic() + timeout_s

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import subprocess
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
 from builders import CLIP_VIDEOS, pack_clips
-from integration.jobs_under_test import SMALL, RunningJob
+from integration.jobs_under_test import SMALL, RunningJob, commits_of, run_job
 
 SCRIPT = Path(__file__).parent / "failing_actors.py"
 NUM_SHARDS = 5
@@ -44,3 +45,58 @@ def test_no_attempt_is_spent_on_an_actor_that_is_coming_back(flags: list[str], r
         outcome = job.end()
     assert outcome.code == 0, outcome.said
     assert outcome.result["num_records"] == len(CLIP_VIDEOS)
+
+
+def test_a_frozen_and_a_hanging_actor_are_replaced_and_their_shards_done(
+    flags: list[str], ray_home: Mapping[str, str]
+) -> None:
+    patience = ["--silence-timeout-s", "4", "--stall-timeout-s", "12"]
+    script = [str(SCRIPT), "FreezesOrHangs"]
+    with RunningJob([*flags, *patience, "--num-actors", "2"], ray_home, script=script) as job:
+        outcome = job.end()
+    assert outcome.code == 0, outcome.said
+    assert outcome.result["num_records"] == len(CLIP_VIDEOS)
+    assert "encoder 0 did not answer for" in outcome.said
+    assert "encoder 1 made no step for" in outcome.said
+
+
+def test_a_video_that_kills_its_worker_every_time_is_rejected_and_the_rest_of_its_shard_done(
+    tmp_path: Path, ray_home: Mapping[str, str]
+) -> None:
+    pack_clips(tmp_path / "in", 1, CLIP_VIDEOS[:3])
+    flags = ["--input", str(tmp_path / "in"), "--output", str(tmp_path / "out"), *SMALL, "--max-attempts", "1"]
+    with RunningJob(flags, ray_home, script=[str(SCRIPT), "Poisoned"]) as job:
+        outcome = job.end()
+    assert outcome.code == 0, outcome.said
+    assert (outcome.result["num_videos"], outcome.result["num_videos_ok"]) == (3, 2)
+    assert outcome.result["reasons"] == {"poison": 1}
+    assert "video 1 (from 0) kills the worker every time" in outcome.said
+
+
+@pytest.fixture
+def tiny_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 300 KB, where this user may mount one."""
+    folder = tmp_path / "tiny"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=300k", "latentmill-test", str(folder)]
+    try:
+        mounted = subprocess.run(mount, capture_output=True, check=False)
+    except FileNotFoundError:
+        pytest.skip("there is no mount command here")
+    if mounted.returncode:
+        pytest.skip(f"this user may not mount a small disk: {mounted.stderr.decode().strip()}")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def test_a_full_temporary_disk_is_one_clear_error_and_nothing_half_done_is_left(
+    flags: list[str], tiny_disk: Path, ray_home: Mapping[str, str]
+) -> None:
+    (tiny_disk / "filler").write_bytes(bytes(250_000))
+    few = ["--num-actors", "1", "--max-attempts", "1"]
+    outcome = run_job([*flags, *few], {**ray_home, "TMPDIR": str(tiny_disk)})
+    assert outcome.code == 4, outcome.said
+    assert f"no space is left in the temporary folder {tiny_disk}" in outcome.said
+    assert "Traceback" not in outcome.said
+    assert [path.name for path in tiny_disk.iterdir()] == ["filler"]
+    assert len(outcome.result["undone"]) == NUM_SHARDS - len(commits_of(flags[3]))

@@ -1,0 +1,176 @@
+"""What the driver decides, without Ray: which actor hangs, which video is poison, when a run is hopeless.
+
+Whole runs on real Ray are in tests/integration. The nodes of other machines are made up here: there is one machine.
+"""
+
+from __future__ import annotations
+
+import io
+import time
+from typing import Any
+
+import pytest
+
+import pipeline.run as run
+from pipeline.config import parse_arguments
+from pipeline.errors import LatentmillError, StorageError
+from pipeline.metrics import RunMetrics
+from pipeline.progress import Progress
+from pipeline.records import ShardSpec
+from pipeline.redo import Retries
+from pipeline.run import _Again, _Dispatch, _Interrupt, _Ledger, _NotFoundError, _Pool, _Search, _Slot, _Task
+
+FLAGS = ["--input", "in", "--output", "out", "--model", "small"]
+
+
+@pytest.mark.parametrize("num_videos", [1, 2, 3, 7, 64, 1000])
+def test_the_search_finds_the_one_video_that_kills_wherever_it_is(num_videos: int) -> None:
+    for poison in {0, 1, num_videos // 2, num_videos - 1} & set(range(num_videos)):
+        search, num_deaths, found = _Search(), 0, None
+        while found is None:
+            if poison in search.next_part():
+                num_deaths += 1
+                found = search.note_death()
+            else:
+                search.note_survival(num_videos)
+        assert found == poison
+        assert num_deaths <= num_videos.bit_length() + 2
+
+
+@pytest.mark.parametrize("deaths", [set(), {1}, {1, 2, 3}, {4, 6}, {2, 7}])
+def test_deaths_of_other_causes_make_no_video_a_poison(deaths: set[int]) -> None:
+    search = _Search()
+
+    def go_on(step: int) -> int | None:
+        return search.note_death() if step in deaths else search.note_survival(16)
+
+    with pytest.raises(_NotFoundError):
+        assert not any(go_on(step) is not None for step in range(100))
+
+
+def _spec(number: int) -> ShardSpec:
+    return ShardSpec(
+        shard_id=f"s{number}",
+        source_uri=f"{number}.tar",
+        kind="tar",
+        plan_key=None,
+        source_size_bytes=1,
+        source_etag=None,
+        num_videos=None,
+    )
+
+
+def _dispatch(num_shards: int, said: io.StringIO) -> _Dispatch:
+    specs = [_spec(number) for number in range(num_shards)]
+    retried = Retries(specs=(), num_videos=0, num_spent=0, refused={})
+    again = _Again(before={}, changes=(), retried=retried, repaired=())
+    ledger = _Ledger([s.shard_id for s in specs], specs, again, time.monotonic(), parse_arguments(FLAGS), RunMetrics())
+    nothing: Any = None
+    return _Dispatch(nothing, nothing, ledger, _Interrupt(), Progress("plain", said), nothing, 1.0)
+
+
+def _hand_out(dispatch: _Dispatch, slot: _Slot) -> _Task:
+    """What the next call to an actor would be."""
+    spec = dispatch._waiting.popleft()
+    search = dispatch._searches.get(spec.shard_id)
+    return _Task(spec, slot, None if search is None else search.next_part())
+
+
+def test_of_a_shard_with_two_poisons_both_are_found_and_none_else_within_a_bounded_number_of_deaths() -> None:
+    said = io.StringIO()
+    dispatch, slot = _dispatch(1, said), _Slot(0, None)
+    num_videos, poisons = 40, {7, 33}
+    num_deaths = 0
+    while True:
+        task = _hand_out(dispatch, slot)
+        known = dispatch._poison.get("s0", frozenset())
+        touched = set(range(num_videos) if task.part is None else task.part) - known
+        if touched & poisons:
+            num_deaths += 1
+            dispatch._note_death(task, "it died")
+        elif task.part is None:
+            break
+        else:
+            dispatch._note_survival(task, num_videos)
+    assert dispatch._poison["s0"] == poisons
+    # Of each poison: the attempts at the whole shard, the halves, and the video alone.
+    assert num_deaths <= 2 * (3 + 6 + 2)
+    assert "video 7 (from 0) kills the worker every time" in said.getvalue()
+
+
+def test_a_shard_that_kills_and_has_no_single_video_that_does_is_left_undone() -> None:
+    dispatch, slot = _dispatch(1, io.StringIO()), _Slot(0, None)
+    while dispatch._ledger.num_left:
+        task = _hand_out(dispatch, slot)
+        if task.part is None:
+            dispatch._note_death(task, "it died")
+        else:
+            dispatch._note_survival(task, 8)
+    assert "no single video of the shard does it" in dispatch._ledger.undone["s0"]
+
+
+def test_a_run_in_which_nothing_succeeds_any_more_stops_with_the_last_error() -> None:
+    dispatch, slot = _dispatch(100, io.StringIO()), _Slot(0, None)
+    for _ in range(11):
+        dispatch._note_error(_hand_out(dispatch, slot), "no space left")
+    task = _hand_out(dispatch, slot)
+    with pytest.raises(LatentmillError, match=r"12 attempts in a row failed.*the same command goes on.*no space left"):
+        dispatch._note_error(task, "no space left")
+    assert dispatch._ledger.num_left > 90
+
+
+def _pool(silence_s: float, stall_s: float) -> _Pool:
+    pool = object.__new__(_Pool)  # without actors: only the judgement is looked at
+    flags = ["--silence-timeout-s", str(silence_s), "--stall-timeout-s", str(stall_s)]
+    pool._run, pool._awake_s = parse_arguments([*FLAGS, *flags]).run, 100.0
+    return pool
+
+
+@pytest.mark.parametrize(
+    ("slot", "why"),
+    [
+        ({"has_been_heard": True, "heard_s": 89.0, "stepped_s": 100.0}, "did not answer for 11 s"),
+        ({"has_been_heard": True, "heard_s": 99.0, "stepped_s": 69.0, "held": {"s"}}, "made no step for 31 s"),
+        ({"has_been_heard": True, "heard_s": 91.0, "stepped_s": 71.0, "held": {"s"}}, None),
+        ({"has_been_heard": True, "heard_s": 99.0, "stepped_s": 0.0}, None),  # it has nothing to do
+        ({"has_been_heard": False, "heard_s": 71.0}, None),  # it may wait for a place on a node
+        ({"has_been_heard": False, "heard_s": 69.0}, "did not answer for 31 s"),
+    ],
+)
+def test_an_actor_hangs_when_it_is_silent_or_holds_shards_and_makes_no_step(
+    slot: dict[str, Any], why: str | None
+) -> None:
+    found = _pool(10, 30)._why_hanging(_Slot(0, None, **slot))
+    assert found is None if why is None else why in str(found)
+
+
+def test_a_driver_that_was_frozen_itself_blames_no_actor() -> None:
+    pool = _pool(10, 30)
+    pool.slots, pool._looked_s = [], time.monotonic() - 3600
+    assert pool.hanging() == []
+    assert pool._awake_s <= 100 + run._LONGEST_LOOK_S
+
+
+@pytest.mark.parametrize(
+    ("addresses", "has_token", "is_warned"),
+    [
+        (["127.0.0.1"], False, False),
+        (["127.0.0.1", "10.1.2.3"], False, True),
+        (["10.1.2.3"], True, False),
+        (["fd00::3"], False, True),
+    ],
+)
+def test_a_ray_that_others_reach_without_a_token_is_warned_of(
+    addresses: list[str], has_token: bool, is_warned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nodes = [{"Alive": True, "NodeManagerAddress": address} for address in addresses]
+    monkeypatch.setattr(run.ray, "nodes", lambda: nodes)
+    monkeypatch.setattr(run, "is_token_auth_enabled", lambda: has_token)
+    said = io.StringIO()
+    run._warn_of_open_cluster(Progress("plain", said))
+    assert ("without token authentication" in said.getvalue()) == is_warned
+
+
+def test_a_storage_error_names_itself_and_a_foreign_error_its_type() -> None:
+    assert run._message(StorageError("no space left")) == "no space left"
+    assert run._message(OSError("gone")) == "OSError: gone"
