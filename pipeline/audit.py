@@ -640,12 +640,13 @@ def _changed_files(store: ObjectStore, spec: ShardSpec, commits: Sequence[Commit
         entries = read_slice(store, spec).entries
     except (DamagedObjectError, StorageNotFoundError):
         return 0, []  # the check of the plans says so
-    num_inputs = 0
+    num_inputs = num_gone = 0
     found: list[Finding] = []
     unplanned: dict[str, str] = {}
     for entry in entries:
         media = _stat(entry.uri) if entry.problem is None else None
         if media is None:
+            num_gone += 1
             continue
         num_inputs += 1
         beside = (None if uri is None else _stat(uri) for uri in (entry.txt_uri, entry.json_uri))
@@ -658,8 +659,9 @@ def _changed_files(store: ObjectStore, spec: ShardSpec, commits: Sequence[Commit
             message = f"its files were {encoded[-1]} (size and etag or time of change) and are {now}"
             found.append(Finding(kind="changed", where=entry.uri, message=message))
     stated = [commit.source_etag for commit in commits if commit.keys is None]
-    if unplanned and stated and stated[-1] is not None and digest_of_versions(unplanned) != stated[-1]:
-        message = f"of the files that {spec.source_uri} names some are others than when they were encoded, or are gone"
+    differs = bool(unplanned and stated) and stated[-1] not in (None, digest_of_versions(unplanned))
+    if differs and not num_gone:  # of several files there is one digest, which says nothing once some are gone
+        message = f"of the files that {spec.source_uri} names some are others than when they were encoded"
         found.append(Finding(kind="changed", where=spec.shard_id, message=message))
     return num_inputs, found
 

@@ -1,0 +1,396 @@
+"""What an input that lives on asks for: nights that overlap, rejections tried once more, damaged records repaired.
+
+By a real encoder on real pictures; the driver's part, with Ray, is in tests/integration.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from builders import CLIP_STILLS, tar_bytes
+
+from pipeline import redo
+from pipeline.actors import EncodeActor
+from pipeline.audit import audit
+from pipeline.cli import main
+from pipeline.commit import (
+    DecidedShard,
+    decided_shards,
+    fingerprint_of,
+    known_commits,
+    name_of,
+    open_dataset,
+    put_data_file,
+)
+from pipeline.committed import FileCache
+from pipeline.config import JobConfig, parse_arguments
+from pipeline.errors import StorageError
+from pipeline.inputs import read_slice
+from pipeline.plan import changed_inputs, plan_shards
+from pipeline.records import Commit, DatasetManifest, ShardSpec
+from pipeline.redo import Retries, order_repair, ordered_repairs, repairs, retries
+from pipeline.storage import ObjectStore, open_store
+
+PICTURES = {"a": CLIP_STILLS[0], "b": CLIP_STILLS[1], "c": CLIP_STILLS[1]}
+
+
+@dataclass
+class Job:
+    """A job that runs in this process: input, output and one encoder."""
+
+    folder: Path
+    config: JobConfig
+    store: ObjectStore
+    actor: EncodeActor
+    manifest: DatasetManifest
+
+    def specs(self) -> list[ShardSpec]:
+        return plan_shards(self.config.source, self.store)
+
+    def shards(self) -> dict[str, DecidedShard]:
+        return {shard.shard_id: shard for shard in decided_shards(known_commits(self.store))}
+
+    def encode(self, specs: Sequence[ShardSpec]) -> list[str]:
+        return [self.actor.process(spec, self.manifest).outcome for spec in specs]
+
+    def retries(self, *reasons: str, max_attempts: int = 3) -> Retries:
+        specs, shards = self.specs(), self.shards()
+        changed: dict[str, list[str]] = {}
+        for change in changed_inputs(specs, shards):
+            changed.setdefault(change.shard_id, []).append(change.uri)
+        cache = FileCache(self.folder / "cache", 1 << 30)
+        return retries(self.store, specs, shards, reasons, max_attempts=max_attempts, changed=changed, cache=cache)
+
+    def repairs(self) -> list[ShardSpec]:
+        shards = self.shards()
+        return repairs({spec.shard_id: spec for spec in self.specs()}, shards, ordered_repairs(self.store, shards))
+
+    def commits(self) -> dict[str, Commit]:
+        return {name_of(commit): commit for commit in known_commits(self.store)}
+
+    def data(self) -> dict[str, bytes]:
+        return {info.key: self.store.get(info.key) for info in self.store.list("data/")}
+
+
+@pytest.fixture(scope="module")
+def encoders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, EncodeActor]]:
+    """Encoders by output; one model and its decode children serve the module."""
+    made: dict[str, EncodeActor] = {}
+    yield made
+    for actor in made.values():
+        actor.stop()
+
+
+@pytest.fixture
+def job(tmp_path: Path, encoders: dict[str, EncodeActor]) -> Job:
+    """A folder of three pictures, "b" of them a file without bytes, as one slice that is not encoded yet."""
+    for name, still in PICTURES.items():
+        put_picture(tmp_path / "in", name, still)
+    (tmp_path / "in" / "b.jpg").write_bytes(b"")
+    return started(tmp_path, encoders)
+
+
+def put_picture(folder: Path, name: str, still: Path) -> None:
+    folder.mkdir(exist_ok=True)
+    shutil.copyfile(still, folder / f"{name}.jpg")
+    shutil.copyfile(still.with_suffix(".txt"), folder / f"{name}.txt")
+
+
+def started(folder: Path, encoders: dict[str, EncodeActor], *more: str) -> Job:
+    flags = ["--input", str(folder / "in"), "--output", str(folder / "out"), "--model", "small", "--format", "both"]
+    config = parse_arguments([*flags, "--buckets", "64x64x1", *more])
+    store = open_store(config.run.output)
+    if not encoders:
+        encoders["one"] = EncodeActor(config, "0", "cpu")
+    actor = encoders["one"]
+    actor._store, actor._config = store, config
+    facts = actor.start()
+    fields = {**config.encoding.fingerprint_fields("cpu"), "decoders": dict(facts.decoders)}
+    manifest = DatasetManifest(
+        format_version=1,
+        fingerprint=fingerprint_of(fields),
+        fingerprint_fields=fields,
+        model=facts.model,
+        kind="mean",
+        latent_dtype="float16",
+        passthrough={},
+    )
+    return Job(folder, config, store, actor, open_dataset(store, manifest))
+
+
+def test_a_file_that_was_mended_is_encoded_in_a_generation_of_its_own(job: Job) -> None:
+    (spec,) = job.specs()
+    assert job.encode([spec]) == ["committed"]
+    before = job.data()
+    assert job.shards()[spec.shard_id].counts.reasons == {"empty_file": 1}
+    assert job.retries("timeout").specs == ()
+    put_picture(job.folder / "in", "b", PICTURES["b"])
+    asked = job.retries("empty_file")
+    (again,) = asked.specs
+    assert (asked.num_videos, asked.num_spent, asked.refused) == (1, 0, {})
+    assert again.shard_id == f"{spec.shard_id}.r1"
+    assert job.encode([again]) == ["committed"]
+    commit = job.commits()[f"{spec.shard_id}.r1"]
+    assert (commit.generation, commit.replaces, commit.keys) == (1, None, ("b",))
+    assert (commit.counts.num_videos, commit.counts.num_records) == (1, 1)
+    counts = job.shards()[spec.shard_id].counts
+    assert (counts.num_videos_ok, counts.num_videos_rejected, counts.reasons) == (3, 0, {})
+    assert before.items() <= job.data().items(), "what was there is untouched"
+    # The file is another one than planned, and the record says which one it has, so that it is not reported as changed.
+    assert changed_inputs(job.specs(), job.shards()) == []
+    assert job.encode([again]) == ["already_done"]
+    assert job.retries("empty_file").specs == ()
+    found = audit(job.store, with_inputs=True)
+    assert (found.findings, found.num_inputs) == ((), 3)
+
+
+def test_a_hopeless_video_is_tried_as_often_as_asked_and_no_more(job: Job) -> None:
+    job.encode(job.specs())
+    for generation in (1, 2):
+        (again,) = job.retries("empty_file").specs
+        assert again.redo is not None
+        assert again.redo.generation == generation
+        assert job.encode([again]) == ["committed"]
+    asked = job.retries("empty_file")
+    assert (asked.specs, asked.num_videos, asked.num_spent) == ((), 0, 1)
+    assert len(job.retries("empty_file", max_attempts=4).specs) == 1
+    (shard,) = job.shards().values()
+    assert (shard.counts.num_videos, shard.counts.num_videos_rejected) == (3, 1)
+    assert audit(job.store).findings == ()
+
+
+def test_only_the_asked_videos_of_a_tar_are_encoded_again(tmp_path: Path, encoders: dict[str, EncodeActor]) -> None:
+    (tmp_path / "in").mkdir()
+    picture = PICTURES["a"].read_bytes()
+    members = [("a.jpg", picture), ("b.jpg", b""), ("c.jpg", b"no picture"), ("d.jpg", picture)]
+    (tmp_path / "in" / "0.tar").write_bytes(tar_bytes(members))
+    job = started(tmp_path, encoders)
+    job.encode(job.specs())
+    asked = job.retries("empty_file")
+    assert job.encode(asked.specs) == ["committed"]
+    (shard,) = job.shards().values()
+    assert [(commit.keys, commit.counts.num_videos) for commit in shard.commits] == [(None, 4), (("b",), 1)]
+    assert shard.counts.reasons == {"empty_file": 1, "unreadable": 1}
+    # A tar that changed may hold other samples under the same keys.
+    (tmp_path / "in" / "0.tar").write_bytes(tar_bytes([*members, ("e.jpg", picture)]))
+    asked = job.retries("unreadable")
+    assert asked.specs == ()
+    assert "changed since it was encoded" in asked.refused[shard.shard_id]
+
+
+def _then(actions: list[Callable[[], object]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets others act between the encoding of a shard and its commit, in turn."""
+
+    def after_others(*arguments: object) -> object:
+        if actions:
+            actions.pop(0)()
+        return redo.finish(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("pipeline.actors.finish", after_others)
+
+
+def test_two_runs_that_retry_the_same_make_one_generation(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    (job.folder / "in" / "a.jpg").write_bytes(b"")
+    job.encode(job.specs())
+    put_picture(job.folder / "in", "a", PICTURES["a"])
+    mine, rivals = job.retries("empty_file").specs, job.retries("empty_file").specs
+    assert mine == rivals
+    _then([lambda: job.encode(rivals)], monkeypatch)
+    assert job.encode(mine) == ["lost_race"]
+    assert sorted(job.commits()) == sorted([rivals[0].base_id, rivals[0].shard_id])
+    assert audit(job.store).findings == ()
+
+
+def test_two_runs_that_retry_other_reasons_both_get_what_they_asked_for(
+    job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (job.folder / "in" / "a.jpg").write_bytes(b"no picture")
+    (spec,) = job.specs()
+    job.encode([spec])
+    put_picture(job.folder / "in", "a", PICTURES["a"])
+    mine, rivals = job.retries("empty_file", "unreadable").specs, job.retries("unreadable").specs
+    _then([lambda: job.encode(rivals)], monkeypatch)
+    with pytest.raises(StorageError, match="another run appended generation 1 meanwhile"):
+        job.encode(mine)
+    assert job.encode(mine) == ["committed"]
+    commits = job.commits()
+    assert [commits[f"{spec.shard_id}.r{n}"].keys for n in (1, 2)] == [("a",), ("b",)]
+    assert audit(job.store).findings == ()
+
+
+def _damage(job: Job, record: str, content: str = "parquet") -> Path:
+    path = Path(job.store.url(next(f.key for f in job.commits()[record].files if f.content == content)))
+    path.write_bytes(path.read_bytes()[:-4] + b"????")
+    return path
+
+
+@pytest.mark.parametrize("content", ["parquet", "webdataset", "rejected"])
+def test_a_damaged_file_is_put_back_with_the_same_bytes(content: str, job: Job) -> None:
+    (spec,) = job.specs()
+    job.encode([spec])
+    before, commits = job.data(), job.commits()
+    for number in (1, 2):
+        _damage(job, spec.shard_id, content).unlink() if number == 2 else _damage(job, spec.shard_id, content)
+        (record,) = audit(job.store).repairable
+        assert order_repair(job.store, record, ["damaged"])
+        assert not order_repair(job.store, record, ["damaged"]), "one order at a time"
+        (again,) = job.repairs()
+        assert job.encode([again]) == ["restored"]
+        assert (job.data(), job.commits()) == (before, commits)
+        assert job.repairs() == []
+        assert len(list(job.store.list("repairs/"))) == 2 * number
+    assert audit(job.store).findings == ()
+
+
+def _as_if_encoded_elsewhere(job: Job, record: str) -> None:
+    """Gives a record another Parquet file with the same rows, as another version of pyarrow might have written it."""
+    commit = job.commits()[record]
+    (old,) = (file for file in commit.files if file.content == "parquet")
+    path = job.folder / "other.parquet"
+    table = pq.ParquetFile(job.store.url(old.key))
+    pq.write_table(table.read(), path, compression="gzip")
+    new = put_data_file(job.store, path, shard_id=commit.shard_id, content="parquet", num_rows=old.num_rows)
+    files = [asdict(replace(new, bucket_rows=old.bucket_rows) if file == old else file) for file in commit.files]
+    (stored,) = (job.folder / "out").glob(f"commits/*/{record}.json")
+    stored.write_text(json.dumps(json.loads(stored.read_bytes()) | {"files": files}))
+
+
+def test_other_bytes_become_a_generation_that_replaces_the_damaged_record(job: Job) -> None:
+    (spec,) = job.specs()
+    job.encode([spec])
+    _as_if_encoded_elsewhere(job, spec.shard_id)
+    assert audit(job.store).findings == ()
+    counts = job.shards()[spec.shard_id].counts
+    damaged = _damage(job, spec.shard_id)
+    assert main(["verify", job.store.root_uri, "--requeue"]) == 1
+    (again,) = job.repairs()
+    assert job.encode([again]) == ["committed"]
+    (commit,) = job.shards()[spec.shard_id].commits
+    assert (commit.generation, commit.replaces, commit.shard_counts) == (1, spec.shard_id, counts)
+    assert damaged.exists(), "nothing is deleted"
+    assert job.repairs() == []
+    assert job.encode([again]) == ["already_done"]
+    assert main(["verify", job.store.root_uri]) == 0
+
+
+def test_a_retry_that_is_damaged_is_repaired_beside_its_shard(job: Job) -> None:
+    (spec,) = job.specs()
+    job.encode([spec])
+    put_picture(job.folder / "in", "b", PICTURES["b"])
+    job.encode(job.retries("empty_file").specs)
+    before = job.data()
+    for record in (spec.shard_id, f"{spec.shard_id}.r1"):
+        _damage(job, record)
+        order_repair(job.store, record, [])
+    again = job.repairs()
+    assert [spec.redo.keys for spec in again if spec.redo] == [None, ("b",)]
+    with pytest.raises(StorageError, match="is not what it was then"):
+        # The first record rejected "b" as it was then; what is there now must not slip in.
+        job.encode(again[:1])
+    assert job.encode(again[1:]) == ["restored"]
+    (job.folder / "in" / "b.jpg").write_bytes(b"")
+    os.utime(job.folder / "in" / "b.jpg", ns=(0, planned_time(job, "b")))
+    assert job.encode(job.repairs()) == ["restored"]
+    assert job.data() == before
+
+
+def planned_time(job: Job, key: str) -> int:
+    (spec,) = job.specs()
+    (entry,) = (entry for entry in read_slice(job.store, spec).entries if entry.key == key)
+    assert entry.version is not None
+    return int(entry.version.partition("mtime-")[2].partition("|")[0])
+
+
+def test_a_repair_from_an_input_that_changed_is_refused_and_stays_ordered(job: Job) -> None:
+    (spec,) = job.specs()
+    job.encode([spec])
+    _damage(job, spec.shard_id)
+    order_repair(job.store, spec.shard_id, [])
+    put_picture(job.folder / "in", "a", PICTURES["b"])
+    with pytest.raises(StorageError, match=r"cannot be repaired from .*not what it was then"):
+        job.encode(job.repairs())
+    assert list(job.commits()) == [spec.shard_id]
+    assert len(job.repairs()) == 1
+
+
+def test_a_file_that_changes_between_planning_and_encoding_is_encoded_as_it_is_then(job: Job) -> None:
+    (spec,) = job.specs()
+    put_picture(job.folder / "in", "b", PICTURES["b"])
+    report = job.actor.process(spec, job.manifest)
+    assert (report.outcome, report.num_inputs_changed, report.counts.num_videos_ok) == ("committed", 1, 3)
+    (commit,) = job.commits().values()
+    assert list(commit.source_changes) == [str(job.folder / "in" / "b.jpg")]
+    assert changed_inputs(job.specs(), job.shards()) == []
+    assert audit(job.store, with_inputs=True).findings == ()
+    put_picture(job.folder / "in", "b", PICTURES["a"])
+    (change,) = changed_inputs(job.specs(), job.shards())
+    assert (change.uri, change.encoded) == (str(job.folder / "in" / "b.jpg"), commit.source_changes[change.uri])
+    (finding,) = audit(job.store, with_inputs=True).findings
+    assert (finding.kind, finding.where, finding.is_damage) == ("changed", change.uri, False)
+
+
+def test_files_that_a_table_names_are_compared_when_an_audit_is_asked_to(
+    tmp_path: Path, encoders: dict[str, EncodeActor]
+) -> None:
+    put_picture(tmp_path / "pictures", "a", PICTURES["a"])
+    put_picture(tmp_path / "pictures", "b", PICTURES["b"])
+    (tmp_path / "in").mkdir()
+    rows = [{"url": str(tmp_path / "pictures" / f"{name}.jpg"), "key": name} for name in "ab"]
+    (tmp_path / "in" / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    job = started(tmp_path, encoders)
+    job.encode(job.specs())
+    found = audit(job.store, with_inputs=True)
+    assert (found.findings, found.num_inputs) == ((), 2)
+    put_picture(tmp_path / "pictures", "b", PICTURES["a"])
+    (finding,) = audit(job.store, with_inputs=True).findings
+    assert (finding.kind, finding.where) == ("changed", job.specs()[0].shard_id)
+
+
+def _grow(folder: Path, kind: str, names: str) -> None:
+    """The input in its present state: pictures of these names in a folder, a table or tars."""
+    (folder / "in").mkdir(exist_ok=True)
+    for name in names:
+        still = PICTURES["a" if name in "ace" else "b"]
+        if kind != "tar":
+            pictures = folder / ("in" if kind == "folder" else "pictures")
+            if not (pictures / f"{name}.jpg").exists():
+                put_picture(pictures, name, still)
+        elif not (folder / "in" / f"{name}.tar").exists():
+            (folder / "in" / f"{name}.tar").write_bytes(tar_bytes([(f"{name}.jpg", still.read_bytes())]))
+    if kind == "table":
+        rows = [{"url": str(folder / "pictures" / f"{name}.jpg"), "key": name} for name in names]
+        (folder / "in" / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.mark.parametrize("kind", ["folder", "table", "tar"])
+def test_nights_that_overlap_decide_everything_once(
+    kind: str, tmp_path: Path, encoders: dict[str, EncodeActor]
+) -> None:
+    _grow(tmp_path, kind, "ab")
+    job = started(tmp_path, encoders, "--samples-per-shard", "1")
+    last_night = job.specs()
+    assert job.encode(last_night[:1]) == ["committed"]
+    _grow(tmp_path, kind, "abcde")
+    tonight = job.specs()
+    assert {spec.shard_id for spec in last_night} < {spec.shard_id for spec in tonight}
+    undecided = [spec for spec in tonight if spec.shard_id not in job.shards()]
+    assert job.encode(undecided[:2]) == ["committed"] * 2
+    # The first run is still going, and comes to what the second one did meanwhile.
+    assert job.encode(last_night[1:]) == ["already_done"]
+    assert job.encode(undecided[2:]) == ["committed"] * 2
+    assert [spec for spec in job.specs() if spec.shard_id not in job.shards()] == []
+    found = audit(job.store, with_inputs=True)
+    assert (found.findings, found.num_records, found.num_inputs) == ((), 5, 5)
+    keys = [key for path in job.store.list("data/") if path.key.endswith(".parquet") for key in _keys(job, path.key)]
+    assert sorted(keys) == list("abcde")
+
+
+def _keys(job: Job, key: str) -> list[str]:
+    return list(pq.read_table(job.store.url(key), columns=["key"]).column("key").to_pylist())
