@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 import tempfile
-import time
 import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import botocore.session
 import pytest
-from servers import BIN, FaultProxy, free_ports, s3_variables, stop, wait_for_http
+from servers import FaultProxy, s3_client, seaweed
 
 import pipeline.s3
 from pipeline.storage import ObjectStore, open_store
@@ -34,58 +31,14 @@ class SeaweedFS:
 
     def client(self) -> Any:
         """A plain botocore client, for looking at the store from outside."""
-        return botocore.session.get_session().create_client(
-            "s3",
-            endpoint_url=self.endpoint,
-            region_name="us-east-1",
-            aws_access_key_id=self.env["AWS_ACCESS_KEY_ID"],
-            aws_secret_access_key=self.env["AWS_SECRET_ACCESS_KEY"],
-        )
+        return s3_client(self.env)
 
 
 @pytest.fixture(scope="session")
 def seaweedfs() -> Iterator[SeaweedFS]:
     """One SeaweedFS for the session; it refuses what AWS refuses: second creates, wrong checksums, wrong secrets."""
-    folder = Path(tempfile.mkdtemp(prefix="weed-"))
-    log = folder / "log"
-    port = free_ports(5)
-    env = s3_variables(f"http://127.0.0.1:{port}", "test", "testtest")
-    names = ("s3", "master", "volume", "filer", "admin")
-    command = [
-        str(BIN / "weed"),
-        "mini",
-        f"-dir={folder}",
-        "-ip=127.0.0.1",
-        "-ip.bind=127.0.0.1",
-        *(f"-{name}.port={port + number}" for number, name in enumerate(names)),
-        "-webdav=false",
-        "-admin.ui=false",
-        "-s3.port.iceberg=0",
-        "-s3.port.lance=0",
-        "-s3.autoCreateBucket=false",
-        "-bucket=shards,latents",
-    ]
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            command, stdout=output, stderr=output, env={**os.environ, **env, "GOMEMLIMIT": "200MiB"}
-        )
-    try:
-        wait_for_http(f"http://127.0.0.1:{port}", process, log)
-        store = SeaweedFS(endpoint=f"http://127.0.0.1:{port}", bucket="latents", env=env)
-        _wait_for_bucket(store)
-        yield store
-    finally:
-        stop(process)
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _wait_for_bucket(store: SeaweedFS) -> None:
-    client = store.client()
-    for _ in range(200):
-        if store.bucket in {bucket["Name"] for bucket in client.list_buckets()["Buckets"]}:
-            return
-        time.sleep(0.1)
-    raise RuntimeError(f"the bucket {store.bucket} was not made")
+    with seaweed(("shards", "latents")) as (endpoint, env):
+        yield SeaweedFS(endpoint=endpoint, bucket="latents", env=env)
 
 
 @pytest.fixture

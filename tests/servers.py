@@ -7,16 +7,22 @@ from __future__ import annotations
 
 import http.client
 import os
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
+
+import botocore.session
 
 BIN = Path(sys.executable).parent
 
@@ -73,6 +79,61 @@ def stop(process: subprocess.Popen[bytes]) -> None:
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
+
+
+@contextmanager
+def seaweed(buckets: Sequence[str]) -> Iterator[tuple[str, dict[str, str]]]:
+    """A SeaweedFS with these buckets: its endpoint, and the environment of a process that uses it."""
+    folder = Path(tempfile.mkdtemp(prefix="weed-"))
+    log = folder / "log"
+    port = free_ports(5)
+    env = s3_variables(f"http://127.0.0.1:{port}", "test", "testtest")
+    names = ("s3", "master", "volume", "filer", "admin")
+    command = [
+        str(BIN / "weed"),
+        "mini",
+        f"-dir={folder}",
+        "-ip=127.0.0.1",
+        "-ip.bind=127.0.0.1",
+        *(f"-{name}.port={port + number}" for number, name in enumerate(names)),
+        "-webdav=false",
+        "-admin.ui=false",
+        "-s3.port.iceberg=0",
+        "-s3.port.lance=0",
+        "-s3.autoCreateBucket=false",
+        f"-bucket={','.join(buckets)}",
+    ]
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command, stdout=output, stderr=output, env={**os.environ, **env, "GOMEMLIMIT": "200MiB"}
+        )
+    try:
+        wait_for_http(env["AWS_ENDPOINT_URL"], process, log)
+        _wait_for_buckets(env, buckets)
+        yield env["AWS_ENDPOINT_URL"], env
+    finally:
+        stop(process)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def s3_client(env: Mapping[str, str]) -> Any:
+    """A plain botocore client, for looking at a store from outside."""
+    return botocore.session.get_session().create_client(
+        "s3",
+        endpoint_url=env["AWS_ENDPOINT_URL"],
+        region_name="us-east-1",
+        aws_access_key_id=env["AWS_ACCESS_KEY_ID"],
+        aws_secret_access_key=env["AWS_SECRET_ACCESS_KEY"],
+    )
+
+
+def _wait_for_buckets(env: Mapping[str, str], buckets: Sequence[str]) -> None:
+    client = s3_client(env)
+    for _ in range(200):
+        if set(buckets) <= {bucket["Name"] for bucket in client.list_buckets()["Buckets"]}:
+            return
+        time.sleep(0.1)
+    raise RuntimeError(f"the buckets {buckets} were not made")
 
 
 Fault = Callable[[str, str], str | None]

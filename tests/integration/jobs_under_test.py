@@ -154,18 +154,26 @@ def tree_of(folder: Path) -> dict[str, tuple[int, int]]:
 
 
 @contextlib.contextmanager
-def ray_cluster(env: Mapping[str, str], num_cpus: Sequence[int], first_port: int, folder: Path) -> Iterator[str]:
+def ray_cluster(
+    env: Mapping[str, str],
+    num_cpus: Sequence[int],
+    first_port: int,
+    folder: Path,
+    nodes: list[psutil.Process] | None = None,
+) -> Iterator[str]:
     """A Ray head with a job server and further nodes, started as users start them; gives the job server's address.
 
     Args:
         num_cpus: CPUs of each node, the head's first.
+        first_port: of four; this first one is Ray's own.
+        nodes: gets the `ray start` process of each node, the head's first.
     """
     gcs, dashboard, client, agent = range(first_port, first_port + 4)
     common = [str(Path(sys.executable).parent / "ray"), "start", "--block", "--node-ip-address=127.0.0.1"]
     common += ["--object-store-memory=100000000", "--disable-usage-stats"]
     head = ["--head", f"--port={gcs}", f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1"]
     head += [f"--ray-client-server-port={client}", f"--dashboard-agent-listen-port={agent}"]
-    nodes: list[psutil.Popen] = []
+    nodes = [] if nodes is None else nodes
     with (folder / "ray.log").open("w+") as log:
 
         def start(*flags: str) -> None:
