@@ -168,6 +168,9 @@ class SourceConfig:
         auto_or(whole("samples-per-shard", 1)),
         None,
     )
+    allow_http: bool = option(
+        "also read http:// and https:// addresses, of public hosts", yes_no("allow_http"), False, is_switch=True
+    )
     limit: int | None = option("decide at most this many shards in this run", whole("limit", 1), None)
 
 

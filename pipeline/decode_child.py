@@ -255,6 +255,8 @@ def _load_decoders() -> None:
         if part.name not in ("av.__main__", "av.datasets"):
             importlib.import_module(part.name)
     av.logging.set_level(av.logging.ERROR)
+    # Or a file that ends as the one before it did seems to end well.
+    av.logging.set_skip_repeated(False)
     PIL.Image.init()
     for package in ("decord", "av", "pillow"):
         decoder_class(package)

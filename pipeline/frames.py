@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.bookkeeping import avi_packets_before_damage, transport_stream_problem
 from pipeline.config import DecodeLimits
 from pipeline.cutting import Cover, Timeline
 from pipeline.errors import RejectionError
@@ -220,6 +221,10 @@ class _Packets:
         last_duration: ticks that the frame shown last is shown.
         lost_pts: the time of a last packet that is cut off; it is not among `pts`.
         ended_early: the demuxer met the end of the file where it expected more.
+        num_proven: of `pts`, in the order of the file: the demuxer complained behind them, and what comes then may
+            follow something that is lost.
+        damage: what it complained of.
+        unproven_end: the last time of a frame behind the damage.
     """
 
     pts: list[int] = field(default_factory=list)
@@ -228,21 +233,45 @@ class _Packets:
     last_duration: int = 0
     lost_pts: int | None = None
     ended_early: bool = False
+    num_proven: int | None = None
+    damage: str = ""
+    unproven_end: int | None = None
     picture: VideoFrame | None = None
     picture_error: str = "nothing came out of the decoder"
 
+    def note_damage(self, what: str) -> None:
+        if self.num_proven is None:
+            self.num_proven, self.damage = len(self.pts), what
+
+    def drop_what_is_not_proven(self) -> None:
+        """Keeps the frames before the last key frame before the damage: of those behind it some may be lost."""
+        if self.num_proven is None:
+            return
+        key_places = [place for place in range(self.num_proven) if self.is_key[place]]
+        num_kept = key_places[-1] if key_places else 0
+        lost = self.pts[num_kept:]
+        self.ended_early = True
+        self.unproven_end = max(lost, default=None)
+        self.pts, self.is_key = self.pts[:num_kept], self.is_key[:num_kept]
+
 
 def _read_packets(
-    container: InputContainer, stream: VideoStream, limits: DecodeLimits, sign_of_life: Callable[[], None]
+    container: InputContainer,
+    stream: VideoStream,
+    limits: DecodeLimits,
+    sign_of_life: Callable[[], None],
+    num_whole: int | None,
 ) -> _Packets:
     import av.logging
 
     _prepare(stream, {}, limits)
     found = _Packets()
     has_key, last_pts = False, None
+    places: list[tuple[int, int]] = []
     with av.logging.Capture() as complaints:
         for packet in _packets(container, stream):
             sign_of_life()
+            _note_damage(container, complaints, found, num_whole)
             if packet is None:
                 _try_picture(stream, None, found)
                 break
@@ -251,7 +280,10 @@ def _read_packets(
             pts = _time_of(packet)
             if pts is None:
                 raise RejectionError("unreadable", f"packet {found.num_seen} of the video carries no time")
+            if found.lost_pts is not None:
+                found.note_damage("a packet in the middle is damaged")
             found.lost_pts = pts if packet.is_corrupt else None
+            places.append((packet.pos or 0, packet.size))
             has_key |= packet.is_keyframe
             if not has_key:
                 continue
@@ -263,12 +295,36 @@ def _read_packets(
                 last_pts, found.last_duration = pts, packet.duration or 0
             found.pts.append(pts)
             found.is_key.append(packet.is_keyframe)
-    found.ended_early = any("prematurely" in text or "partial file" in text for _, _, text in complaints)
+    found.ended_early = any(_says_end(text) for _, _, text in complaints)
     if found.lost_pts is not None and found.pts and found.pts[-1] == found.lost_pts:
         found.ended_early = True
         found.pts.pop()
         found.is_key.pop()
+    places.sort()
+    if container.format.name.startswith("mov") and any(a + n > b for (a, n), (b, _) in itertools.pairwise(places)):
+        raise RejectionError("decode_error", "the index of the file gives the same bytes to several frames")
+    found.drop_what_is_not_proven()
     return found
+
+
+def _says_end(text: str) -> bool:
+    return "prematurely" in text or "partial file" in text
+
+
+def _note_damage(
+    container: InputContainer, complaints: list[tuple[int, str, str]], found: _Packets, num_whole: int | None
+) -> None:
+    import av.logging
+
+    if found.num_proven is not None:
+        return
+    for level, name, text in complaints:
+        # Decoders complain as well, of the first picture, and of what healthy streams begin with.
+        if level <= av.logging.ERROR and name == container.format.name and not _says_end(text):
+            found.note_damage(text.strip())
+            return
+    if num_whole is not None and found.num_seen >= num_whole:
+        found.note_damage("something else follows where a piece of the video should be")
 
 
 def _packets(container: InputContainer, stream: VideoStream) -> Iterator[Packet[VideoStream] | None]:
@@ -336,7 +392,15 @@ def scan_video(media_fd: int, limits: DecodeLimits, sign_of_life: Callable[[], N
     """
     with _open_container(media_fd, limits) as container:
         stream, num_video_streams = _choose_stream(container, limits)
-        packets = _read_packets(container, stream, limits, sign_of_life)
+        num_whole = None
+        if container.format.name == "mpegts" and (problem := transport_stream_problem(media_fd)) is not None:
+            # Nothing in it tells how many frames there should be.
+            raise RejectionError("frames_missing", f"the transport stream is not whole: {problem}")
+        if container.format.name == "avi":
+            num_whole = avi_packets_before_damage(media_fd)
+        packets = _read_packets(container, stream, limits, sign_of_life, num_whole)
+        if not packets.pts and packets.damage:
+            raise RejectionError("frames_missing", f"the file is damaged before its second key frame: {packets.damage}")
         if not packets.pts:
             raise RejectionError("frames_missing", f"of {stream.frames or 'the'} promised frames none is in the file")
         frame = packets.picture
@@ -388,6 +452,8 @@ def _timeline(
         header_end_s = max(float(stream.duration or 0) * tick_s, end_s + num_missing * usual_s)
     elif packets.ended_early and stream.frames == 0 and container.duration is not None:
         header_end_s = (container.duration + (container.start_time or 0)) / 1e6 - float(pts[0]) * tick_s
+    if packets.unproven_end is not None:
+        header_end_s = max(header_end_s, float(packets.unproven_end - int(pts[0])) * tick_s + usual_s)
     promised_end_s, num_promised = end_s, len(pts)
     if header_end_s > end_s + usual_s / 2:
         promised_end_s = header_end_s

@@ -47,7 +47,9 @@ _LARGEST_EXPANSION = 100
 
 
 def extension_of(name: str) -> str:
-    """What follows the last dot of the base name, in lower case; "" without a dot."""
+    """What follows the last dot of the base name, in lower case; "" without a dot. A web address ends at its query."""
+    if name.startswith(("http://", "https://")):
+        name = name.partition("#")[0].partition("?")[0]
     base = name.rpartition("/")[2]
     return base.rpartition(".")[2].lower() if "." in base else ""
 

@@ -69,12 +69,13 @@ from pipeline.inputs import (
     version_of,
 )
 from pipeline.records import Commit, ShardSpec
-from pipeline.storage import InputFile, ObjectStore, list_inputs, open_input
+from pipeline.storage import InputFile, ObjectStore, list_inputs, open_input, web_is_allowed
 
 _TABLES = ("parquet", "csv", "jsonl", "ndjson")
-# Web addresses are left out on purpose: a table comes from anyone, and fetching what it says would let it reach
-# whatever this machine reaches. img2dataset and video2dataset are made for that.
+# Web addresses are read only where that is asked for: a table comes from anyone. img2dataset and video2dataset are made
+# for that, and keep what they fetched.
 _REMOTE_SCHEMES = ("s3", "gs", "gcs", "az", "abfs")
+_WEB_SCHEMES = ("http", "https")
 
 # A slice is full at 64 videos, at 1,000 images, or at a mixture that costs as much.
 _SLICE_COST = 64_000
@@ -724,12 +725,13 @@ def _address(value: object, table: str) -> tuple[str, tuple[str, str] | None]:
             return "", ("not_allowed", f"{_short(value)} is a local file, which only a local table may name")
     else:
         uri = value
-        if scheme[1] not in _REMOTE_SCHEMES or "::" in value:
+        is_web = scheme[1] in _WEB_SCHEMES and web_is_allowed()
+        if not (is_web or scheme[1] in _REMOTE_SCHEMES) or "::" in value:
             allowed = ", ".join(_REMOTE_SCHEMES)
             return "", (
                 "not_allowed",
                 f"{scheme[1]}: addresses are not read, only local files and {allowed}; fetch it first, for example "
-                "with img2dataset or video2dataset",
+                f"with img2dataset or video2dataset{', or pass --allow-http' * (scheme[1] in _WEB_SCHEMES)}",
             )
     if _is_plain(uri):
         return uri, None
@@ -744,7 +746,7 @@ def _is_plain(uri: str) -> bool:
     parts = path.split("/")
     if separator and (not uri.isprintable() or len(parts) < 2 or any(p in ("", ".", "..") for p in parts)):
         return False
-    if separator and re.search(r"[@:]", parts[0]):
+    if separator and re.search(r"@" if uri.startswith("http") else r"[@:]", parts[0]):
         return False
     if separator and len(path.partition("/")[2].encode()) > _LONGEST_KEY_BYTES:
         return False

@@ -2,7 +2,7 @@
 
 Not where bytes are written (`store`, `s3`) nor where anything is decided (`commit`). `plan` and `source` read inputs
 here; everyone opens outputs here. S3 inputs take the same road as outputs, with its one retry layer; fsspec, whose S3
-has layers of its own, opens the other schemes.
+has layers of its own, opens other object stores; `web` fetches http(s), where that is allowed.
 """
 
 from __future__ import annotations
@@ -33,20 +33,37 @@ from pipeline.errors import (
 )
 from pipeline.s3 import S3Store
 from pipeline.store import LocalStore, ObjectInfo, ObjectStore, sha256_of_file, shown_uri
+from pipeline.web import fetch
 
 __all__ = [
     "InputFile",
     "ObjectInfo",
     "ObjectStore",
+    "allow_web_inputs",
     "list_inputs",
     "open_input",
     "open_input_fd",
     "open_store",
     "sha256_of_file",
     "stat_input",
+    "web_is_allowed",
 ]
 
 _READ_AHEAD_BYTES = 4 << 20
+# Object stores whose host is not for the address to choose: an input may come from anyone.
+_FSSPEC_SCHEMES = ("gs", "gcs", "az", "abfs", "abfss", "adl", "oci", "oss", "hf")
+_largest_web_bytes: int | None = None
+
+
+def allow_web_inputs(largest_bytes: int | None) -> None:
+    """Lets this process read http:// and https:// files of at most so many bytes; None, as at the start: none."""
+    global _largest_web_bytes
+    _largest_web_bytes = largest_bytes
+
+
+def web_is_allowed() -> bool:
+    """Whether `allow_web_inputs` has allowed them."""
+    return _largest_web_bytes is not None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,6 +113,10 @@ def list_inputs(uri: str) -> list[InputFile]:
         files = _list_local(local)
     elif uri.startswith("s3://"):
         files = _list_s3(uri)
+    elif _is_web(uri):
+        if "?" in uri:
+            raise UsageError(f"{shown_uri(uri)}: what follows the ? would stand in every record; name it in a table")
+        files = [stat_input(uri)]
     else:
         files = _list_fsspec(uri)
     if not files:
@@ -181,6 +202,10 @@ def stat_input(uri: str) -> InputFile:
         if found is None:
             raise StorageNotFoundError(f"{shown_uri(uri)} does not exist")
         return _s3_file(store, found)
+    if _is_web(uri):
+        _web_limit(uri)
+        # Known once it is fetched: servers answer questions about size as they like.
+        return InputFile(uri=uri, num_bytes=None, etag=None)
     local = _local_path(uri)
     with _input_errors(uri):
         if local is not None:
@@ -201,6 +226,8 @@ def open_input(uri: str) -> BinaryIO:
     if uri.startswith("s3://"):
         store, key = _s3_input(uri)
         return cast(BinaryIO, io.BufferedReader(_S3Reader(store, key), _READ_AHEAD_BYTES))
+    if _is_web(uri):
+        return os.fdopen(fetch(uri, _web_limit(uri)), "rb")
     local = _local_path(uri)
     with _input_errors(uri):
         if local is not None:
@@ -218,6 +245,8 @@ def open_input_fd(uri: str) -> int:
         StorageNotFoundError: there is no such file.
         StorageDeniedError: it is local and may not be read.
     """
+    if _is_web(uri):
+        return fetch(uri, _web_limit(uri))
     local = _local_path(uri)
     with _input_errors(uri):
         if local is not None:
@@ -273,6 +302,16 @@ def _local_path(uri: str) -> str | None:
     return None if re.match(r"[A-Za-z][\w+.-]*:(//|:)", uri) else os.path.abspath(uri)
 
 
+def _is_web(uri: str) -> bool:
+    return re.match(r"https?://", uri, re.IGNORECASE) is not None
+
+
+def _web_limit(uri: str) -> int:
+    if _largest_web_bytes is None:
+        raise UsageError(f"{shown_uri(uri)} is a web address; they are read with --allow-http only")
+    return _largest_web_bytes
+
+
 def _split_s3(uri: str) -> tuple[str, str]:
     bucket, _, key = uri.removeprefix("s3://").partition("/")
     if not bucket or "@" in bucket or ":" in bucket:
@@ -314,6 +353,10 @@ def _s3_file(store: S3Store, info: ObjectInfo) -> InputFile:
 def _filesystem(uri: str) -> tuple[Any, str]:
     if "::" in uri:
         raise UsageError(f"{shown_uri(uri)}: chained URIs are not read; give the file itself")
+    scheme = uri.partition("://")[0]
+    if scheme not in _FSSPEC_SCHEMES:
+        allowed = ", ".join(("s3", *_FSSPEC_SCHEMES))
+        raise UsageError(f"{shown_uri(uri)}: {scheme}: addresses are not read; use a local path or one of {allowed}")
     filesystem, path = fsspec.url_to_fs(uri, use_listings_cache=False)
     return filesystem, path
 

@@ -1,0 +1,91 @@
+"""Real streams with pieces taken out: what is missing is noticed, and what is whole is let pass."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import pytest
+from media import ffmpeg, moving_pattern
+
+from pipeline.bookkeeping import avi_packets_before_damage, transport_stream_problem
+
+
+def opened(data: bytes) -> int:
+    descriptor = os.memfd_create("stream", os.MFD_CLOEXEC)
+    os.write(descriptor, data)
+    return descriptor
+
+
+def stream_problem(data: bytes) -> str | None:
+    descriptor = opened(data)
+    try:
+        return transport_stream_problem(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def whole_chunks(data: bytes) -> int | None:
+    descriptor = opened(data)
+    try:
+        return avi_packets_before_damage(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@pytest.fixture(scope="module")
+def stream() -> bytes:
+    return moving_pattern("160x120", "25", 3, "-c:v", "mpeg2video", "-q:v", "4", suffix=".ts")
+
+
+@pytest.fixture(scope="module")
+def avi() -> bytes:
+    return moving_pattern("160x120", "25", 2, "-c:v", "mjpeg", "-pix_fmt", "yuvj420p", suffix=".avi")
+
+
+def test_whole_transport_streams_pass_in_each_of_their_forms(stream: bytes) -> None:
+    packets = np.frombuffer(stream, dtype=np.uint8).reshape(-1, 188)
+    with_times = np.concatenate([np.zeros((len(packets), 4), np.uint8), packets], axis=1)
+    with_checksums = np.concatenate([packets, np.full((len(packets), 16), 7, np.uint8)], axis=1)
+    assert stream_problem(stream) is None
+    assert stream_problem(with_times.tobytes()) is None
+    assert stream_problem(with_checksums.tobytes()) is None
+    sound = ("-f", "lavfi", "-i", "sine=duration=2", "-c:a", "mp2")
+    assert stream_problem(ffmpeg("-f", "lavfi", "-i", "testsrc=size=160x120:duration=2", *sound, suffix=".ts")) is None
+
+
+def test_a_packet_that_is_sent_twice_is_no_loss(stream: bytes) -> None:
+    middle = len(stream) // 188 // 2 * 188
+    assert stream_problem(stream[:middle] + stream[middle - 188 : middle] + stream[middle:]) is None
+
+
+@pytest.mark.parametrize("block", [1 << 15, 7])
+def test_every_kind_of_loss_in_a_transport_stream_is_noticed(
+    stream: bytes, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.bookkeeping._TS_PACKETS_PER_READ", block)
+    middle = len(stream) // 188 // 2 * 188
+    damaged = bytearray(stream)
+    damaged[middle + 1] |= 0x80
+    assert stream_problem(stream) is None
+    assert "missing" in str(stream_problem(stream[:middle] + stream[middle + 188 :]))
+    assert "no transport packet" in str(stream_problem(stream[:middle] + stream[middle + 1 :] + b"\0"))
+    assert "no transport packet" in str(stream_problem(stream[:middle] + b"\0" + stream[middle:-1]))
+    assert "ends inside" in str(stream_problem(stream[:-1]))
+    assert "itself" in str(stream_problem(bytes(damaged)))
+    assert "does not begin" in str(stream_problem(b"\0" + stream))
+
+
+def test_a_whole_avi_and_one_that_ends_early_have_no_damage_in_the_middle(avi: bytes) -> None:
+    assert whole_chunks(avi) is None
+    assert whole_chunks(avi[: len(avi) // 2]) is None
+    assert whole_chunks(b"") is None
+
+
+def test_the_chunks_before_a_damage_in_an_avi_are_counted(avi: bytes) -> None:
+    chunks = [place for place in range(len(avi) - 4) if avi[place : place + 4] == b"00dc" and place % 2 == 0]
+    first_frame = avi.index(b"movi") + 4
+    frames = [place for place in chunks if place >= first_frame]
+    assert whole_chunks(avi[: frames[20]] + b"\0\0\0\0" + avi[frames[20] + 4 :]) == 20
+    assert whole_chunks(avi[: frames[20] + 6] + b"\xff" + avi[frames[20] + 7 :]) in (None, 20)
+    assert whole_chunks(avi[: frames[20] + 100] + avi[frames[21] + 50 :]) == 21
