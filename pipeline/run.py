@@ -527,7 +527,7 @@ def _ray(config: JobConfig, progress: Progress) -> Iterator[None]:
 
 def _warn_of_open_cluster(progress: Progress) -> None:
     addresses = sorted({node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]})
-    reachable = [address for address in addresses if not ip_address(address).is_loopback]
+    reachable = [address for address in addresses if not _is_loopback(address)]
     # A cluster that checks tokens takes no driver without one.
     if reachable and not is_token_auth_enabled():
         progress.say(
@@ -535,6 +535,13 @@ def _warn_of_open_cluster(progress: Progress) -> None:
             f"Ray listens on {', '.join(reachable[:3])} without token authentication: whoever reaches it runs code on "
             "every node. Start the cluster with RAY_AUTH_MODE=token, or keep it in a network of its own",
         )
+
+
+def _is_loopback(address: str) -> bool:
+    try:
+        return ip_address(address).is_loopback
+    except ValueError:
+        return address == "localhost"
 
 
 def _resources() -> str:
@@ -616,6 +623,9 @@ class _Pool:
         began = time.monotonic()
         is_late = False
         while not interrupt.is_set:
+            for slot, why in self.hanging():
+                self._progress.say("hanging", f"encoder {slot.index} {why} and is started anew")
+                self.end_hanging(slot)
             ready, _ = ray.wait(list(self.starting), timeout=_POLL_S)
             if ready:
                 facts = self.admit(ready[0])
@@ -992,7 +1002,7 @@ class _Dispatch:
         if self._attempts[shard_id] < self._max_attempts:
             self._progress.say("retry", f"shard {shard_id}: {attempt} failed and is repeated: {message}")
             self._waiting.append(task.spec)
-        elif is_death and len(self._poison.get(shard_id, ())) < _MAX_POISON:
+        elif is_death and task.spec.redo is None and len(self._poison.get(shard_id, ())) < _MAX_POISON:
             self._progress.say("search", f"shard {shard_id}: {attempt} failed; looking for the video: {message}")
             self._searches[shard_id] = _Search()
             self._waiting.append(task.spec)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import time
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from pipeline.config import parse_arguments
 from pipeline.errors import LatentmillError, StorageError
 from pipeline.metrics import RunMetrics
 from pipeline.progress import Progress
-from pipeline.records import ShardSpec
+from pipeline.records import Redo, ShardSpec
 from pipeline.redo import Retries
 from pipeline.run import _Again, _Dispatch, _Interrupt, _Ledger, _NotFoundError, _Pool, _Search, _Slot, _Task
 
@@ -109,6 +110,16 @@ def test_a_shard_that_kills_and_has_no_single_video_that_does_is_left_undone() -
     assert "no single video of the shard does it" in dispatch._ledger.undone["s0"]
 
 
+def test_a_retry_of_rejections_that_kills_its_worker_is_not_searched_and_changes_nothing() -> None:
+    dispatch, slot = _dispatch(1, io.StringIO()), _Slot(0, None)
+    redo = Redo(shard_id="s0", generation=1, replaces=None, keys=("a",))
+    while dispatch._ledger.num_left:
+        task = _hand_out(dispatch, slot)
+        dispatch._note_death(replace(task, spec=replace(task.spec, redo=redo)), "it died")
+    assert not dispatch._searches
+    assert "attempt 3 of 3 failed" in dispatch._ledger.undone["s0"]
+
+
 def test_a_run_in_which_nothing_succeeds_any_more_stops_with_the_last_error() -> None:
     dispatch, slot = _dispatch(100, io.StringIO()), _Slot(0, None)
     for _ in range(11):
@@ -158,6 +169,8 @@ def test_a_driver_that_was_frozen_itself_blames_no_actor() -> None:
         (["127.0.0.1", "10.1.2.3"], False, True),
         (["10.1.2.3"], True, False),
         (["fd00::3"], False, True),
+        (["head.internal"], False, True),
+        (["localhost"], False, False),
     ],
 )
 def test_a_ray_that_others_reach_without_a_token_is_warned_of(
