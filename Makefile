@@ -3,7 +3,7 @@
 PYTHON ?= python3
 PIP = .venv/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test bench ablation chaos lint clean
+.PHONY: demo test bench ablation chaos chaos-tests lint clean
 
 demo: .venv/installed-run
 	.venv/bin/python jobs/demo.py --output demo-output
@@ -21,8 +21,12 @@ ablation: .venv/installed-test
 	@test -n "$(TEACHER)" || { echo "make ablation needs TEACHER=FOLDER, a frozen image VAE such as TAEF2" >&2; exit 2; }
 	.venv/bin/python tests/benchmarks/ablation.py --teacher "$(TEACHER)" --output ablation-output $(FLAGS)
 
+# Some hours; FLAGS="--part 30" does thirty minutes of the seeds, FLAGS="--part 30 --resume" the next thirty.
 chaos: .venv/installed-test
-	.venv/bin/python -m pytest -m slow tests/integration
+	PYTHONPATH=.:tests .venv/bin/python -m chaos.run --state chaos-state $(FLAGS)
+
+chaos-tests: .venv/installed-test
+	.venv/bin/python -m pytest -m slow
 
 lint: .venv/installed-test
 	.venv/bin/ruff check .
