@@ -66,15 +66,15 @@ def collect_garbage(store: ObjectStore, *, delete: bool) -> Garbage:
             named_by.setdefault(file.key, name_of(commit))
         if commit.replaces is not None:
             replaced_by[commit.replaces] = name_of(commit)
-    files = []
+    found = []
     for info in listed:
         may_go, reason = _judged(info.key, records, named_by, replaced_by)
-        files.append(DataObject(key=info.key, num_bytes=info.num_bytes, may_go=may_go, reason=reason))
+        found.append(DataObject(key=info.key, num_bytes=info.num_bytes, may_go=may_go, reason=reason))
+    garbage = Garbage(files=tuple(found), is_deleted=delete)
     if delete:
-        for file in files:
-            if file.may_go:
-                store.delete(file.key)
-    return Garbage(files=tuple(files), is_deleted=delete)
+        for data_object in garbage.may_go:
+            store.delete(data_object.key)
+    return garbage
 
 
 def _judged(
