@@ -33,9 +33,12 @@ from pipeline.committed import FileCache
 from pipeline.config import JobConfig, parse_arguments
 from pipeline.errors import StorageError
 from pipeline.inputs import read_slice
+from pipeline.metrics import RunMetrics
 from pipeline.plan import changed_inputs, plan_shards
+from pipeline.progress import Progress
 from pipeline.records import Commit, DatasetManifest, ShardSpec
 from pipeline.redo import Retries, order_repair, ordered_repairs, repairs, retries
+from pipeline.run import RunSummary, run
 from pipeline.storage import ObjectStore, open_store
 
 PICTURES = {"a": CLIP_STILLS[0], "b": CLIP_STILLS[1], "c": CLIP_STILLS[1]}
@@ -394,3 +397,32 @@ def test_nights_that_overlap_decide_everything_once(
 
 def _keys(job: Job, key: str) -> list[str]:
     return list(pq.read_table(job.store.url(key), columns=["key"]).column("key").to_pylist())
+
+
+def test_a_run_tells_what_changed_and_what_it_is_about_to_do_once_more(
+    job: Job, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def dry_run(*more: str) -> RunSummary:
+        flags = ["--input", str(job.folder / "in"), "--output", job.store.root_uri, "--model", "small", "--format"]
+        flags += ["both", "--buckets", "64x64x1", "--dry-run", *more]
+        with Progress("plain") as progress:
+            return run(parse_arguments(flags), progress, RunMetrics())
+
+    (spec,) = job.specs()
+    job.encode([spec])
+    put_picture(job.folder / "in", "a", PICTURES["b"])
+    summary = dry_run("--retry-failed", "empty_file,timeout")
+    said = capsys.readouterr().err
+    assert (summary.exit_code, summary.num_shards, summary.num_shards_undone) == (0, 1, 0)
+    assert (summary.num_inputs_changed, list(summary.inputs_changed)) == (1, [str(job.folder / "in" / "a.jpg")])
+    assert f"shard {spec.shard_id} keeps what it has of {job.folder / 'in' / 'a.jpg'}, which changed" in said
+    assert "1 rejected videos of 1 shards are tried again; 0 had their 3 attempts before" in said
+    assert "1 to do in this run, of these 1 once more" in said
+    dry_run("--retry-failed", "empty_file", "--max-attempts", "1")
+    assert "0 rejected videos of 0 shards are tried again; 1 had their 1 attempts before" in capsys.readouterr().err
+    _damage(job, spec.shard_id, "rejected")
+    order_repair(job.store, spec.shard_id, [])
+    dry_run("--retry-failed", "empty_file")
+    said = capsys.readouterr().err
+    assert "0 rejected videos of 0 shards are tried again" in said, "the repair comes first"
+    assert "1 to do in this run, of these 1 once more" in said
