@@ -99,20 +99,25 @@ def load(
         vae = CVVAE(config)
     if weights_path.is_file():
         digest = _sha256_of_file(weights_path)
+        _refuse_other_digest(digest, sha256, source)
         _fill(vae, read_safetensors(weights_path, dtype), str(weights_path))
     elif config.untrained:
         made = _made_weights(vae)
         digest = _sha256_of_tensors(made)
+        _refuse_other_digest(digest, sha256, source)
         _fill(vae, {key: tensor.to(dtype) for key, tensor in made.items()}, f"{source} (made weights)")
     else:
         raise CheckpointError(_missing_file(weights_path))
-    if sha256 is not None and sha256.lower() != digest:
-        raise CheckpointError(
-            f"the weights of {source} have the SHA-256 {digest}, wanted is {sha256.lower()}: the file is damaged or "
-            f"another version; fetch it again, or give the digest of the version that you mean"
-        )
     vae.source, vae.revision, vae.weights_sha256 = source, commit, digest
     return vae.eval().requires_grad_(False)
+
+
+def _refuse_other_digest(digest: str, wanted: str | None, source: str) -> None:
+    if wanted is not None and wanted.lower() != digest:
+        raise CheckpointError(
+            f"the weights of {source} have the SHA-256 {digest}, wanted is {wanted.lower()}: the file is damaged or "
+            f"another version; fetch it again, or give the digest of the version that you mean"
+        )
 
 
 def save(vae: CVVAE, folder: Path) -> None:

@@ -45,11 +45,18 @@ def load_model(encoding: EncodingConfig, device: torch.device) -> cvvae.CVVAE:
     """The VAE that the configuration names, on the device, in the dtype it computes in.
 
     Raises:
-        UsageError: no such model, a checkpoint with missing or left-over keys, a chunk or tile it cannot take.
+        UsageError: no such model, other weights than pinned, a checkpoint with missing or left-over keys, a chunk or
+            tile it cannot take.
     """
     dtype = _DTYPES[encoding.compute_dtype_on(device.type)]
     try:
-        vae = cvvae.load(encoding.model, encoding.subfolder, torch_dtype=dtype, revision=encoding.revision)
+        vae = cvvae.load(
+            encoding.model,
+            encoding.subfolder,
+            torch_dtype=dtype,
+            revision=encoding.revision,
+            sha256=encoding.model_sha256,
+        )
         vae.set_chunking(encoding.chunk_frames, encoding.tile_px)
     except (cvvae.CheckpointError, OSError, ValueError) as error:
         raise UsageError(f"--model {encoding.model}: {error}") from error

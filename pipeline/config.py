@@ -145,6 +145,12 @@ def _reasons(text: str) -> tuple[str, ...]:
     return names
 
 
+def _digest(text: str) -> str:
+    if re.fullmatch(r"[0-9a-fA-F]{64}", text) is None:
+        raise UsageError(f"--model-sha256: {text!r} is not 64 hex digits")
+    return text.lower()
+
+
 def option(
     help_text: str,
     parse: Callable[[Any], Any],
@@ -181,6 +187,7 @@ class EncodingConfig:
     model: str = option("name (small), folder or hub id of a CV-VAE", str)
     subfolder: str | None = option("folder inside the model's folder or hub repository", str, None)
     revision: str | None = option("hub revision to pin", str, None)
+    model_sha256: str | None = option("SHA-256 that the model's weights must have, in hex", _digest, None)
     format: str = option("parquet, webdataset or both", choice("format", FORMATS), "parquet")
     buckets: tuple[Bucket, ...] = option(
         "WIDTHxHEIGHTxFRAMES;... (sides multiples of 8, frames 1+4k)",
@@ -234,7 +241,9 @@ class EncodingConfig:
         The model enters by the hash of its weights, which the caller adds, not by the name it was asked for.
         """
         resolved: dict[str, object] = {
-            name: value for name, value in asdict(self).items() if name not in ("model", "subfolder", "revision")
+            name: value
+            for name, value in asdict(self).items()
+            if name not in ("model", "subfolder", "revision", "model_sha256")
         }
         resolved["buckets"] = [str(bucket) for bucket in self.buckets]
         resolved["compute_dtype"] = self.compute_dtype_on(device_type)

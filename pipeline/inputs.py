@@ -22,6 +22,7 @@ import pyarrow as pa
 from pipeline.errors import DamagedObjectError, RejectionError, StorageError, StorageUnavailableError
 from pipeline.records import MediaKind, ShardSpec
 from pipeline.storage import InputFile, ObjectStore
+from pipeline.store import shown_uri
 
 # What counts as media here; whether it can be decoded is for the decoder to say, in a rejection that people can see.
 _VIDEOS = ("mp4", "m4v", "mov", "webm", "mkv", "avi", "mpg", "mpeg", "ts", "m2ts", "3gp", "flv", "wmv", "ogv")
@@ -52,6 +53,12 @@ def extension_of(name: str) -> str:
         name = name.partition("#")[0].partition("?")[0]
     base = name.rpartition("/")[2]
     return base.rpartition(".")[2].lower() if "." in base else ""
+
+
+def recorded_uri(uri: str) -> str:
+    """An address as plans and records may state it: signed ones are keys to what they name, some hold passwords."""
+    is_key_of_bucket = uri.startswith("s3://") and "@" not in uri.split("/")[2]
+    return uri if is_key_of_bucket else shown_uri(uri)
 
 
 def tar_suffix(uri: str) -> str | None:

@@ -64,6 +64,7 @@ from pipeline.inputs import (
     key_problem,
     parse_object,
     read_slice,
+    recorded_uri,
     slice_digest,
     tar_suffix,
     version_of,
@@ -622,7 +623,10 @@ class _TablePlan(_SlicePlan):
             return SliceEntry(key=key, uri="", problem=("bad_metadata", f"row {number}: {row}"))
         given = row.pop("key", None)
         key = key if given is None or given == "" else str(given)
-        uri, problem = _address(row.get(self._source.uri_column), self._table.uri)
+        address = row.get(self._source.uri_column)
+        uri, problem = _address(address, self._table.uri)
+        if isinstance(address, str):
+            row[self._source.uri_column] = recorded_uri(address)
         wrong_key = key_problem(key)
         if wrong_key:
             problem = "bad_member", f"the key {_short(key)} is not allowed: {wrong_key}"

@@ -41,11 +41,11 @@ from pipeline.inputs import (
     key_problem,
     parse_object,
     read_slice,
+    recorded_uri,
     version_of,
 )
 from pipeline.records import ClipFailure, ShardSpec, SourceVideo
 from pipeline.storage import InputFile, ObjectStore, open_input, open_input_fd, stat_input
-from pipeline.store import shown_uri
 
 _REST = "*"
 _DEFAULT_CAPTION_COLUMN = "caption"
@@ -408,7 +408,7 @@ def _video(
         media_kind=MEDIA_KINDS[extension],
         caption=caption,
         fields=fields,
-        source_uri=_public(source_uri),
+        source_uri=_storable(recorded_uri(source_uri)),
     )
 
 
@@ -466,19 +466,13 @@ def _failure(key: str, reason: str, message: str, source_uri: str) -> ClipFailur
         step="source",
         reason=reason,
         message=_storable(message),
-        source_uri=_public(source_uri),
+        source_uri=_storable(recorded_uri(source_uri)),
     )
 
 
 def _stored_key(key: str) -> str:
     """The key as a rejection states it: one that is not allowed may be anything."""
     return key if key.isprintable() and len(key) <= 200 else ascii(key)[1:-1][:200]
-
-
-def _public(uri: str) -> str:
-    """A source as records may state it: a signed address is a key to what it names."""
-    is_store = uri.startswith("s3://") and "@" not in uri.split("/")[2]
-    return _storable(uri if is_store else shown_uri(uri))
 
 
 def _storable(text: str) -> str:

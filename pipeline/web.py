@@ -64,15 +64,15 @@ def _fetch_once(uri: str, largest_bytes: int) -> int:
             parts = urlsplit(address)
             target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
             connection.request("GET", target, headers={"User-Agent": "latentmill", "Accept-Encoding": "identity"})
-            response = connection.getresponse()
-            if response.status in (301, 302, 303, 307, 308) and response.headers.get("Location"):
-                address = urljoin(address, response.headers["Location"])
-                continue
-            if response.status == 429 or response.status >= 500:
-                raise _TryAgainError(f"the server answered {response.status}")
-            if response.status != 200:
-                raise StorageNotFoundError(f"{shown_uri(uri)}: the server answered {response.status}")
-            return _spool(response, uri, largest_bytes, started)
+            with connection.getresponse() as response:
+                if response.status in (301, 302, 303, 307, 308) and response.headers.get("Location"):
+                    address = urljoin(address, response.headers["Location"])
+                    continue
+                if response.status == 429 or response.status >= 500:
+                    raise _TryAgainError(f"the server answered {response.status}")
+                if response.status != 200:
+                    raise StorageNotFoundError(f"{shown_uri(uri)}: the server answered {response.status}")
+                return _spool(response, uri, largest_bytes, started)
     raise StorageNotFoundError(f"{shown_uri(uri)} redirects more than {_MOST_REDIRECTS} times")
 
 

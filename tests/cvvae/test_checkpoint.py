@@ -7,6 +7,7 @@ import json
 import math
 import pickle
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -129,6 +130,34 @@ def test_another_digest_than_wanted_is_refused(folder: Path) -> None:
     digest = cvvae.load(folder).weights_sha256
     assert cvvae.load(folder, sha256=digest.upper()).weights_sha256 == digest
     with pytest.raises(cvvae.CheckpointError, match=digest):
+        cvvae.load(folder, sha256="0" * 64)
+
+
+class Gadget:
+    """Runs a command when it is unpickled: makes the file of its name."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Path.touch, (self._path,)
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, "diffusion_pytorch_model.bin", "pytorch_model.pt", "config.json"])
+def test_a_pickle_that_runs_code_is_never_unpickled_whatever_its_name(folder: Path, tmp_path: Path, name: str) -> None:
+    ran = tmp_path / "ran"
+    if name != "config.json":
+        (folder / WEIGHTS).unlink()
+    torch.save({"encoder.conv_in.weight": Gadget(ran)}, folder / name)
+    with suppress(cvvae.CheckpointError, cvvae.ConfigError):  # without a file, weights are made from a seed
+        cvvae.load(folder)
+        assert name not in (WEIGHTS, "config.json")
+    assert not ran.exists()
+
+
+def test_a_wrong_digest_is_refused_before_the_file_is_parsed(folder: Path) -> None:
+    (folder / WEIGHTS).write_bytes(b"no safetensors")
+    with pytest.raises(cvvae.CheckpointError, match="wanted is 0000"):
         cvvae.load(folder, sha256="0" * 64)
 
 

@@ -1,6 +1,6 @@
 """What must hold for every mutant, whatever it is: it is recorded or rejected, and what is recorded is whole and right.
 
-Not tests: `test_fuzz` runs a few mutants in them, `fuzz` many. A violation is a sentence with the mutant's number; what
+Not tests: `test_fuzz` runs a few mutants in them, `run` many. A violation is a sentence with the mutant's number; what
 nobody could notice without a digest (other pixels, other captions) is counted.
 """
 

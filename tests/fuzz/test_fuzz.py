@@ -1,4 +1,4 @@
-"""A few mutants of every kind on every run; `fuzz.py` runs as many as one likes, by the same judges."""
+"""A few mutants of every kind on every run; `run.py` runs as many as one likes, by the same judges."""
 
 from __future__ import annotations
 

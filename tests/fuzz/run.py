@@ -1,6 +1,6 @@
 """Fuzzes videos and tars for as long as one likes, by seed, in parts that add up.
 
-    python tests/fuzz/fuzz.py --seed 1 --videos 10000 --tars 5000 --state fuzz.json
+    python tests/fuzz/run.py --seed 1 --videos 10000 --tars 5000 --state fuzz.json
 
 Prints a table; exit code 1 with any violation. The state is written after every batch, and the same command goes on
 from it. `--only N` judges the one video of that number and says what it was.
