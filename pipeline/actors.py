@@ -54,7 +54,7 @@ from pipeline.records import (
 )
 from pipeline.redo import Begun, begin, finish
 from pipeline.source import iterate_videos
-from pipeline.storage import ObjectStore, open_store
+from pipeline.storage import ObjectStore, allow_web_inputs, open_store
 from pipeline.store import Backoff
 
 # Clips decoded ahead of the encoder, per shard in flight: enough to hide a slow video, bounded whatever the bucket.
@@ -226,6 +226,7 @@ class EncodeActor:
     """One encoder on one GPU, a fraction of one, or a group of CPU cores. Wrapped by `ray.remote` in `run`."""
 
     def __init__(self, config: JobConfig, name: str, device_type: str) -> None:
+        allow_web_inputs(config.decode.max_file_bytes if config.source.allow_http else None)
         self._config = config
         self._device_type = device_type
         self._name = name

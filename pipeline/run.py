@@ -31,6 +31,7 @@ import torch
 from ray._private.authentication.authentication_utils import is_token_auth_enabled
 from ray.exceptions import ActorDiedError, RayActorError, RayError, RayTaskError
 
+from pipeline import sandbox
 from pipeline.actors import EncodeActor, ShardReport, WorkerFacts
 from pipeline.codec import CPU_ENVIRONMENT, load_model
 from pipeline.commit import (
@@ -55,7 +56,7 @@ from pipeline.plan import InputChange, changed_inputs, infer_passthrough, plan_s
 from pipeline.progress import Progress, RateMeter, Standing
 from pipeline.records import Commit, DatasetManifest, ShardCounts, ShardSpec
 from pipeline.redo import Retries, ordered_repairs, repairs, retries
-from pipeline.storage import ObjectStore, open_store
+from pipeline.storage import ObjectStore, allow_web_inputs, open_store
 
 EXIT_OK, EXIT_USAGE, EXIT_MISMATCH, EXIT_UNDONE, EXIT_REJECTED, EXIT_INTERRUPTED = 0, 2, 3, 4, 5, 130
 # Raised when the meaning of stored bytes changes with the code and not with the configuration.
@@ -113,6 +114,7 @@ class RunSummary:
     elapsed_s: float
     clips_per_s: float
     is_trained: bool | None = None
+    sandbox: str | None = None  # what keeps decode children in, in words; None where none was started
     undone: Mapping[str, str] = field(default_factory=dict)  # shard id -> last error, at most 20 of them
     # What was done once more, and what became of it.
     num_shards_retried: int = 0
@@ -168,6 +170,7 @@ def run(config: JobConfig, progress: Progress, metrics: RunMetrics) -> RunSummar
     if config.run.text_encoder is not None:
         raise UsageError("--text-encoder is not available in this version; captions are stored as text")
     started = time.monotonic()
+    allow_web_inputs(config.decode.max_file_bytes if config.source.allow_http else None)
     store = open_store(config.run.output)
     stored = read_manifest(store)
     if stored is not None:
@@ -200,6 +203,8 @@ def run(config: JobConfig, progress: Progress, metrics: RunMetrics) -> RunSummar
             facts = pool.start(interrupt)
             if facts is None:
                 return ledger.summary(EXIT_INTERRUPTED, commits_before, None, None)
+            ledger.sandbox = sandbox.in_words(facts.sandbox)
+            progress.say("sandbox", f"decode children are kept in by: {ledger.sandbox}")
             manifest = _open_output(store, stored, config, facts, specs)
             if not manifest.model.is_trained:
                 progress.say("untrained", f"the model {manifest.model.model!r} is untrained: its latents mean nothing")
@@ -342,6 +347,7 @@ class _Ledger:
         self._started = started
         self._config = config
         self.max_attempts = config.run.max_attempts
+        self.sandbox: str | None = None
         self._num_records = 0
         self._num_rejected = 0
         self._rate = RateMeter()
@@ -468,6 +474,7 @@ class _Ledger:
             elapsed_s=round(elapsed_s, 3),
             clips_per_s=round(self._num_records / elapsed_s, 4),
             is_trained=is_trained,
+            sandbox=self.sandbox,
             undone=dict(sorted(self.undone.items())[:20]),
         )
 
