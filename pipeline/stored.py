@@ -135,10 +135,7 @@ class _TarRecords(RecordFile):
     def read_group(self, group: int, columns: Sequence[str] | None = None) -> list[StoredRecord]:
         row, members = self._rows[group], self._groups[group]
         parts = ("latent",) if row["kind"] == "mean" else ("mean", "logvar")
-        arrays = [
-            np.lib.format.read_array(io.BytesIO(self._read(members, f"{part}.npy")), allow_pickle=False)
-            for part in parts
-        ]
+        arrays = [_array_of_npy(self._read(members, f"{part}.npy"), row["key"]) for part in parts]
         latent = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
         if list(latent.shape) != row["latent_shape"] or latent.dtype.name != row["latent_dtype"]:
             raise DamagedObjectError(
@@ -146,6 +143,20 @@ class _TarRecords(RecordFile):
                 f"{tuple(row['latent_shape'])} {row['latent_dtype']}"
             )
         return [_stored(row, latent, columns)]
+
+
+def _array_of_npy(data: bytes, key: str) -> npt.NDArray[np.floating]:
+    """The array of a .npy of floats; a view of its bytes. Any other content, objects included, is damage."""
+    stream = io.BytesIO(data)
+    try:
+        np.lib.format.read_magic(stream)
+        shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(stream)
+        if is_fortran or dtype.kind != "f":
+            raise ValueError(f"{dtype} in {'Fortran' if is_fortran else 'C'} order")
+        # Not read_array, which makes room for what the header says before it looks how much there is.
+        return np.frombuffer(data, dtype, offset=stream.tell()).reshape(shape)
+    except (ValueError, TypeError) as error:
+        raise DamagedObjectError(f"the latent of {key!r} is no .npy of floats: {error}") from error
 
 
 def _stored(row: Mapping[str, Any], latent: npt.NDArray[np.floating], columns: Sequence[str] | None) -> StoredRecord:
