@@ -55,7 +55,7 @@ SEGMENT_COMMITS = 10_000
 
 _EXTENSIONS: Mapping[str, str] = {"parquet": "parquet", "webdataset": "tar", "rejected": "rejected.parquet"}
 _NUM_READERS = 16
-_NUM_PROBES = 4
+_NUM_PROBES = 8
 _T = TypeVar("_T")
 
 

@@ -2,7 +2,8 @@
 
 Libraries that retry on top of each other multiply their requests just when a store asks for fewer. Here requests are
 repeated with full jitter within `store.RETRY_BUDGET_S`; only `put_if_absent` is sent once, because what follows it must
-be a look at the store and not a second write. Not where anything is decided. Used by `storage`.
+be a look at the store and not a second write. All threads of a process share one pace, which gives way as soon as the
+store asks for fewer requests. Not where anything is decided. Used by `storage`.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from pipeline.errors import (
     StorageUnavailableError,
     UsageError,
 )
-from pipeline.store import Backoff, ObjectInfo, ObjectStore, checked_key, copy_or_nothing, shown_uri
+from pipeline.store import Backoff, ObjectInfo, ObjectStore, Pace, checked_key, copy_or_nothing, shown_uri
 
 # An endpoint that never answered this process is more likely a wrong address than an outage: say so soon.
 FIRST_CONTACT_BUDGET_S = 15.0
@@ -48,11 +49,13 @@ _PASSING_ERRORS = (
     botocore.exceptions.FlexibleChecksumError,
     ResponseParserError,
 )
-_PASSING_CODES = ("SlowDown", "RequestTimeout", "Throttling", "ThrottlingException", "RequestLimitExceeded")
+_SLOW_DOWN_CODES = ("SlowDown", "Throttling", "ThrottlingException", "RequestLimitExceeded")
+_PASSING_CODES = (*_SLOW_DOWN_CODES, "RequestTimeout")
 _EXPIRED_CODES = ("ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired")
 _WRONG_REGION_CODES = ("PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException")
 
 _answered: set[str] = set()  # endpoints that gave this process any answer
+_pace = Pace()
 
 
 @lru_cache(maxsize=4)
@@ -221,13 +224,18 @@ class S3Store(ObjectStore):
             try:
                 client = _client()
                 endpoint = client.meta.endpoint_url
+                _pace.wait()
                 answer = attempt(client)
                 _answered.add(endpoint)
+                _pace.faster()
                 return answer
             except _S3_ERRORS as error:
                 if isinstance(error, botocore.exceptions.ClientError):
                     _answered.add(endpoint)
-                    if _code(error) in _EXPIRED_CODES and not is_renewed:
+                    if _asks_for_fewer(error):
+                        _pace.slower()
+                    if _is_denied(error) and not is_renewed:
+                        # Keys are exchanged while a job runs; the new ones may be there already.
                         is_renewed = True
                         _client_of.cache_clear()
                         continue
@@ -252,7 +260,7 @@ class S3Store(ObjectStore):
                 f"{what}: no usable credentials ({type(error).__name__}); set AWS_ACCESS_KEY_ID and "
                 "AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, or give this machine a role"
             )
-        code, status = _code(error), error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+        code, status = _code(error), _status(error)
         if code == "NoSuchBucket":
             return StorageNotFoundError(
                 f"{what}: the bucket {self._bucket!r} does not exist at {where}; create it, or correct the URI"
@@ -278,3 +286,15 @@ class S3Store(ObjectStore):
 
 def _code(error: botocore.exceptions.ClientError) -> str:
     return str(error.response.get("Error", {}).get("Code", ""))
+
+
+def _status(error: botocore.exceptions.ClientError) -> int:
+    return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+
+
+def _asks_for_fewer(error: botocore.exceptions.ClientError) -> bool:
+    return _status(error) in (429, 503) or _code(error) in _SLOW_DOWN_CODES
+
+
+def _is_denied(error: botocore.exceptions.ClientError) -> bool:
+    return _status(error) in (401, 403) or _code(error) in _EXPIRED_CODES

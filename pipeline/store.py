@@ -12,6 +12,7 @@ import random
 import re
 import shutil
 import stat
+import threading
 import time
 import uuid
 from abc import ABC, abstractmethod
@@ -27,6 +28,10 @@ from pipeline.errors import ObjectExistsError, StorageError, StorageNotFoundErro
 RETRY_BUDGET_S = 900.0
 _SHORTEST_PAUSE_S = 0.1
 _LONGEST_PAUSE_S = 20.0
+# Of all threads of a process together, once a store has asked for fewer requests.
+_SLOWEST_PER_S = 0.1
+_FASTEST_PER_S = 64.0
+_FASTER_PER_S = 0.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +67,47 @@ class Backoff:
         Backoff.num_pauses_of_process += 1
         time.sleep(pause_s)
         return True
+
+
+class Pace:
+    """The rate of requests that the threads of a process share: free until a store asks for fewer.
+
+    Then it is halved, at most once a second, and every answer that is well adds to it until it is free again: the rule
+    by which TCP shares a line (additive increase, multiplicative decrease).
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._per_s: float | None = None
+        self._next_at = 0.0
+        self._slowed_at = float("-inf")
+
+    def wait(self) -> None:
+        """Sleeps until it is this request's turn."""
+        with self._lock:
+            if self._per_s is None:
+                return
+            now = time.monotonic()
+            turn_at = max(now, self._next_at)
+            self._next_at = turn_at + 1 / self._per_s
+        if turn_at > now:
+            time.sleep(turn_at - now)
+
+    def slower(self) -> None:
+        """The store asked for fewer requests."""
+        with self._lock:
+            now = time.monotonic()
+            if now - self._slowed_at >= 1:
+                self._slowed_at = now
+                self._per_s = max(_SLOWEST_PER_S, (_FASTEST_PER_S if self._per_s is None else self._per_s) / 2)
+
+    def faster(self) -> None:
+        """The store answered well."""
+        if self._per_s is None:
+            return
+        with self._lock:
+            per_s = _FASTEST_PER_S if self._per_s is None else self._per_s + _FASTER_PER_S
+            self._per_s = None if per_s >= _FASTEST_PER_S else per_s
 
 
 class ObjectStore(ABC):

@@ -154,6 +154,8 @@ class FaultProxy:
             "500": "InternalError",
             "409": "ConditionalRequestConflict",
             "400": "ExpiredToken",
+            "403": "AccessDenied",
+            "200": "InternalError",  # what S3 answers where completing an upload fails late
             "404": "NoSuchUpload",
         }
         self.requests: list[tuple[str, str]] = []

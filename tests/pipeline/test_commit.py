@@ -26,6 +26,7 @@ import pytest
 from commits import later_generation, make_commit
 from servers import BIN, FaultProxy, free_ports, s3_variables, stop, wait_for_http
 
+import pipeline.collect
 import pipeline.commit
 import pipeline.store
 from pipeline.commit import (
@@ -588,6 +589,13 @@ def test_a_damaged_segment_is_named(store: ObjectStore) -> None:
     store.put_if_absent(segment.key, gzip.compress(b"{}\n"))
     with pytest.raises(DamagedObjectError, match=segment.key):
         latest_snapshot(store)
+
+
+def test_what_decides_asks_no_clock() -> None:
+    for module in (pipeline.commit, pipeline.collect):
+        assert not {"time", "datetime"} & vars(module).keys(), module.__name__
+    known_of_an_object = {field.name for field in dataclasses.fields(pipeline.store.ObjectInfo)}
+    assert known_of_an_object == {"key", "num_bytes", "etag"}, "not even when it was written"
 
 
 def test_a_store_that_keeps_its_promises_passes_and_is_left_clean(store: ObjectStore) -> None:

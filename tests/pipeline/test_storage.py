@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from servers import FaultProxy
+from servers import Fault, FaultProxy
 
 import pipeline.s3
 import pipeline.store
@@ -49,6 +49,11 @@ from pipeline.storage import (
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pipeline.store, "RETRY_BUDGET_S", 0.4)
     monkeypatch.setattr(pipeline.s3, "FIRST_CONTACT_BUDGET_S", 0.4)
+
+
+def once(what: str) -> Fault:
+    left = [what]
+    return lambda method, path: left.pop() if left else None
 
 
 def put(store: ObjectStore, key: str, data: bytes, folder: Path) -> None:
@@ -137,7 +142,7 @@ def test_a_large_file_goes_up_in_parts(s3_env: Any, monkeypatch: pytest.MonkeyPa
     assert store.get("data/large") == data
 
 
-@pytest.mark.parametrize("faults", [["lose"], ["500"], ["drop"], ["lose", "404"]])
+@pytest.mark.parametrize("faults", [["lose"], ["500"], ["200"], ["drop"], ["lose", "404"]])
 def test_an_upload_in_parts_survives_a_lost_answer_to_its_completion(
     faults: list[str], proxy: FaultProxy, far_store: ObjectStore, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -258,6 +263,57 @@ def test_a_store_that_stays_down_ends_in_an_error_within_the_budget(
     assert proxy.count("GET") < 20
 
 
+class Clock:
+    """A clock that only sleeping moves."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+def test_a_store_that_asks_for_fewer_requests_gets_fewer_from_all_and_then_more_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock, pace = Clock(), pipeline.store.Pace()
+    monkeypatch.setattr(pipeline.store, "time", clock)
+
+    def seconds_of(count: int, answer: Any) -> float:
+        before = clock.now
+        for _ in range(count):
+            pace.wait()
+            answer()
+        return clock.now - before
+
+    assert seconds_of(1000, pace.faster) == 0, "free until a store asks for fewer"
+    assert seconds_of(10, pace.slower) < 1, "many refusals at once count once"
+    assert seconds_of(100, pace.slower) > 300
+    assert seconds_of(6, pace.slower) == pytest.approx(60), "in the end one request in ten seconds, of all threads"
+    assert seconds_of(200, pace.faster) < 60
+    assert seconds_of(1000, pace.faster) == 0
+
+
+def test_no_create_is_sent_while_the_store_asks_for_fewer_requests(
+    proxy: FaultProxy, far_store: ObjectStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock()
+    monkeypatch.setattr(pipeline.store, "time", clock)
+    monkeypatch.setattr(pipeline.s3, "_pace", pipeline.store.Pace())
+    proxy.fault = lambda method, path: "503"
+    with pytest.raises(StorageUnavailableError):
+        far_store.get("x")
+    assert clock.now <= pipeline.store.RETRY_BUDGET_S
+    assert proxy.count("GET") < 200, "requests of a quarter of an hour"
+    before = clock.now
+    with pytest.raises(OutcomeUnknownError):
+        far_store.put_if_absent("x", b"1")
+    assert clock.now > before
+
+
 @pytest.mark.parametrize("what", ["flip", "truncate"])
 def test_a_body_damaged_on_the_way_is_read_again(what: str, proxy: FaultProxy, far_store: ObjectStore) -> None:
     far_store.put_if_absent("x", b"0123456789")
@@ -278,6 +334,17 @@ def test_an_expired_token_is_renewed_once_and_then_ends_the_attempt(proxy: Fault
     proxy.fault = lambda method, path: "400"
     with pytest.raises(StorageError, match=r"ExpiredToken.*AWS_SESSION_TOKEN"):
         far_store.get("x")
+
+
+def test_keys_that_are_exchanged_while_a_job_runs_are_taken_up_once(proxy: FaultProxy, far_store: ObjectStore) -> None:
+    for act in (lambda: far_store.put_if_absent("x", b"1"), lambda: far_store.get("x"), lambda: far_store.head("x")):
+        proxy.fault = once("403")
+        act()
+    proxy.fault = lambda method, path: "403"
+    before = len(proxy.requests)
+    with pytest.raises(StorageError, match=r"denied by .*AccessDenied"):
+        far_store.put_if_absent("y", b"1")
+    assert len(proxy.requests) - before == 2
 
 
 def test_a_missing_bucket_is_named(s3_env: Any) -> None:

@@ -27,6 +27,7 @@ import pipeline.commit
 import pipeline.s3
 import pipeline.store
 from pipeline.s3 import S3Store
+from pipeline.store import Pace
 
 ENDPOINT = "http://simulated"
 MAX_STEPS = 20_000
@@ -351,6 +352,7 @@ def simulated(world: World) -> Iterator[None]:
     clock = SimpleNamespace(monotonic=lambda: world.now, sleep=world.sleep)
     pipeline.s3._client = lambda: world.client  # type: ignore[assignment]
     pipeline.s3._answered.add(ENDPOINT)
+    pipeline.s3._pace = Pace()
     pipeline.store.time = clock  # type: ignore[assignment]
     pipeline.store.RETRY_BUDGET_S = _RETRY_BUDGET_S
     pipeline.store.random = world.random  # type: ignore[assignment]
@@ -360,6 +362,7 @@ def simulated(world: World) -> Iterator[None]:
     finally:
         pipeline.s3._client = _REAL_CLIENT
         pipeline.s3._answered.discard(ENDPOINT)
+        pipeline.s3._pace = Pace()
         pipeline.store.time = _REAL_TIME
         pipeline.store.RETRY_BUDGET_S = _REAL_RETRY_BUDGET_S
         pipeline.store.random = random  # type: ignore[assignment]
