@@ -30,7 +30,7 @@ from builders import CLIP_STILLS, CLIP_VIDEOS, pack_clips
 from chaos.checker import Verdict, check, plan_of_tars, read_output
 from integration.jobs_under_test import SMALL, RunningJob, run_job
 
-_NUM_SHARDS = 20
+_NUM_SHARDS = 40
 _COMMANDS = {
     "child": "import main; main(sys.argv",
     "actor": "ray::EncodeActor",
@@ -63,7 +63,7 @@ class ProcessResult:
 def make_shards(folder: Path) -> Path:
     """Real clips and stills in a few tars."""
     if not folder.exists():
-        pack_clips(folder, _NUM_SHARDS, (*CLIP_VIDEOS, *CLIP_STILLS) * 2)
+        pack_clips(folder, _NUM_SHARDS, (*CLIP_VIDEOS, *CLIP_STILLS) * 4)
     return folder
 
 
@@ -142,7 +142,7 @@ class _Episode:
                     has_struck = bool(job.find(_COMMANDS["child"])) and self._strike(job, self._kinds[0])
                     if has_struck and self._kinds.pop(0) in _ENDS_DRIVER:
                         return self._ended(job)
-                    next_fault_s = time.monotonic() + self._chance.uniform(0, 1.5)
+                    next_fault_s = time.monotonic() + self._chance.uniform(0, 0.5)
                 time.sleep(0.05)
             if job.process.poll() is None:
                 self._result.problems.append(f"a driver did not end within {_RUN_TIMEOUT_S} s: {job.said()[-2000:]}")

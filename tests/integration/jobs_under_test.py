@@ -189,11 +189,14 @@ def ray_cluster(
                 start(f"--address=127.0.0.1:{gcs}", f"--num-cpus={count}")
             yield f"http://127.0.0.1:{dashboard}"
         finally:
-            trees = [node.children(recursive=True) for node in nodes]
-            for process in [*nodes, *(process for tree in trees for process in tree)]:
+            processes: list[psutil.Process] = list(nodes)
+            for node in nodes:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    processes += node.children(recursive=True)
+            for process in processes:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.kill()
-            psutil.wait_procs([*nodes, *(process for tree in trees for process in tree)], timeout=30)
+            psutil.wait_procs(processes, timeout=30)
 
 
 def _wait_for_port(port: int, timeout_s: float = 60) -> None:
