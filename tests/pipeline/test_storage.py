@@ -297,7 +297,7 @@ def test_a_store_that_asks_for_fewer_requests_gets_fewer_from_all_and_then_more_
     assert seconds_of(1000, pace.faster) == 0
 
 
-def test_no_create_is_sent_while_the_store_asks_for_fewer_requests(
+def test_an_outage_of_a_quarter_of_an_hour_costs_few_requests_and_creates_wait_their_turn_too(
     proxy: FaultProxy, far_store: ObjectStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = Clock()
