@@ -350,7 +350,7 @@ def fetch_data_file(store: ObjectStore, file: FileStat, path: Path) -> None:
 def _damaged(store: ObjectStore, file: FileStat, found: str) -> DamagedObjectError:
     return DamagedObjectError(
         f"{store.url(file.key)} holds {found}, its commit states {file.num_bytes} bytes with SHA-256 {file.sha256}; "
-        "the file is damaged: restore it, or encode its shard again into another output"
+        "the file is damaged: restore it, or have its shard encoded again: latentmill verify --requeue"
     )
 
 

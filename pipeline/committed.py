@@ -295,7 +295,8 @@ class FileCache:
             if not _is_as_stated(buffer, stat):
                 raise DamagedObjectError(
                     f"{url} does not have the {stat.num_bytes} bytes with SHA-256 {stat.sha256} that its commit "
-                    "states; the file is damaged: restore it, or encode its shard again into another output"
+                    "states; the file is damaged: restore it, or have its shard encoded again: latentmill verify "
+                    "--requeue"
                 )
             return buffer
         path = self._folder / f"{stat.sha256}.{stat.content}"
