@@ -7,7 +7,7 @@ a key class is spoiled depends on the seed alone; of the kinds of fault that fit
 seen least is taken, and none that it has seen `--most` times. `/-/report` is the proxy's own and says what was done.
 
 Kinds that never reach the store: error_500, slow_down_503, conflict_409, expired_token, reset_before, and outage (the
-class answers 503 for a second). Of uploads: half_upload (the store sees a part, then a reset), lost_response,
+class answers 503 for half a second). Of uploads: half_upload (the store sees a part, then a reset), lost_response,
 error_after and precondition_412 (landed, and the answer is a reset, a 500 or a 412), late_write (a 500 now, landed
 later). Of downloads: cut_body, short_body (header and body agree and are too short), flipped_byte. And delay.
 
@@ -46,7 +46,7 @@ _ANSWERS = {
     "late_write": (500, "InternalError"),
     "precondition_412": (412, "PreconditionFailed"),
 }
-_OUTAGE_S = 1.0
+_OUTAGE_S = 0.5
 _DELAY_S = 0.3
 _LATE_S = 0.2
 _HOP_BY_HOP = {"connection", "content-length", "transfer-encoding", "keep-alive", "expect"}
