@@ -213,7 +213,19 @@ def main() -> int:
             suite = min((share, name) for share, is_done, name in shares if not is_done)[1]
             seed = state.next_seed(suite, flags.seed)
             print(f"{time.strftime('%H:%M:%S')} {suite} faults, seed {seed}", file=sys.stderr, flush=True)
-            step = _process_step(state, seed, env) if suite == "process" else _store_step(seed, until_s)
+            try:
+                step = _process_step(state, seed, env) if suite == "process" else _store_step(seed, until_s)
+            except AssertionError as error:
+                # A job that hung, or a driver that failed: a violation like any other, and the next seed goes on.
+                step = {
+                    "suite": suite,
+                    "seed": seed,
+                    "faults": {},
+                    "process_faults": {},
+                    "recovery_s": {},
+                    "ending_s": {},
+                }
+                step |= {"problems": [str(error)[:4000]], **dict.fromkeys(_COUNTED, 0)}
             state.add(step)
             for problem in step["problems"]:
                 print(f"{suite} faults, seed {seed}: {problem}", file=sys.stderr, flush=True)
