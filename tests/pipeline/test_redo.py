@@ -27,6 +27,7 @@ from pipeline.commit import (
     known_commits,
     name_of,
     open_dataset,
+    publish_snapshot,
     put_data_file,
 )
 from pipeline.committed import FileCache
@@ -38,7 +39,7 @@ from pipeline.plan import changed_inputs, plan_shards
 from pipeline.progress import Progress
 from pipeline.records import Commit, DatasetManifest, ShardSpec
 from pipeline.redo import Retries, order_repair, ordered_repairs, repairs, retries
-from pipeline.run import RunSummary, run
+from pipeline.run import RunSummary, _again, _Ledger, run
 from pipeline.storage import ObjectStore, open_store
 
 PICTURES = {"a": CLIP_STILLS[0], "b": CLIP_STILLS[1], "c": CLIP_STILLS[1]}
@@ -305,10 +306,11 @@ def test_a_retry_that_is_damaged_is_repaired_beside_its_shard(job: Job) -> None:
 
 
 def planned_time(job: Job, key: str) -> int:
-    (spec,) = job.specs()
-    (entry,) = (entry for entry in read_slice(job.store, spec).entries if entry.key == key)
-    assert entry.version is not None
-    return int(entry.version.partition("mtime-")[2].partition("|")[0])
+    """When a file was changed last before it was planned, in nanoseconds."""
+    entries = [entry for spec in job.specs() for entry in read_slice(job.store, spec).entries]
+    (version,) = (entry.version for entry in entries if entry.key == key)
+    assert version is not None
+    return int(version.partition("mtime-")[2].partition("|")[0])
 
 
 def test_a_repair_from_an_input_that_changed_is_refused_and_stays_ordered(job: Job) -> None:
@@ -426,3 +428,35 @@ def test_a_run_tells_what_changed_and_what_it_is_about_to_do_once_more(
     said = capsys.readouterr().err
     assert "0 rejected videos of 0 shards are tried again" in said, "the repair comes first"
     assert "1 to do in this run, of these 1 once more" in said
+
+
+def test_the_result_line_counts_what_was_done_once_more(job: Job) -> None:
+    (job.folder / "in" / "a.jpg").write_bytes(b"")
+    job.config = replace(job.config, source=replace(job.config.source, samples_per_shard=2))
+    assert job.encode(job.specs()) == ["committed"] * 2
+    first, second = (spec.shard_id for spec in job.specs())
+    put_picture(job.folder / "in", "a", PICTURES["a"])
+    _damage(job, second)
+    assert main(["verify", job.store.root_uri, "--requeue"]) == 1
+    flags = ["--input", str(job.folder / "in"), "--output", job.store.root_uri, "--model", "small"]
+    config = parse_arguments([*flags, "--retry-failed", "empty_file,timeout"])
+    specs, before = job.specs(), job.shards()
+    with Progress("plain") as progress:
+        again = _again(job.store, specs, before, config, progress)
+    assert [(spec.base_id, spec.redo.replaces) for spec in again.specs if spec.redo] == [
+        (second, second),
+        (first, None),
+    ]
+    ledger = _Ledger(list(before), again.specs, again, 0.0, config, RunMetrics())
+    for spec in again.specs:
+        ledger.add(job.actor.process(spec, job.manifest), 0)
+    summary = ledger.close(publish_snapshot(job.store), True)
+    assert (summary.exit_code, summary.num_shards, summary.num_shards_done) == (0, 2, 0)
+    assert (summary.num_shards_done_before, summary.num_shards_undone) == (2, 0)
+    # Two empty files were tried again: one was mended.
+    assert (summary.num_shards_retried, summary.num_videos_retried, summary.num_videos_recovered) == (1, 2, 1)
+    assert (summary.num_records_repaired, summary.num_inputs_changed) == (1, 1)
+    assert (summary.num_videos, summary.num_videos_ok, summary.reasons) == (3, 2, {"empty_file": 1})
+    # Left undone, the same is work left.
+    undone = _Ledger(list(before), again.specs, again, 0.0, config, RunMetrics())
+    assert undone.close(publish_snapshot(job.store), True).exit_code == 4
