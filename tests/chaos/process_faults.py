@@ -30,14 +30,14 @@ from builders import CLIP_STILLS, CLIP_VIDEOS, pack_clips
 from chaos.checker import Verdict, check, plan_of_tars, read_output
 from integration.jobs_under_test import SMALL, RunningJob, run_job
 
-_NUM_SHARDS = 40
+_NUM_SHARDS = 60
 _COMMANDS = {
     "child": "import main; main(sys.argv",
     "actor": "ray::EncodeActor",
     "raylet": "raylet/raylet",
     "gcs": "gcs_server",
 }
-KINDS = ("child", "actor", "freeze", "driver", "raylet", "gcs", "zombie")
+KINDS = ("child", "actor", "freeze", "driver", "raylet", "zombie", "gcs")
 _ENDS_DRIVER = ("driver", "raylet", "gcs", "zombie")
 # Faults come faster than real ones, so the budget of attempts is not what is tried here; deadlines are short for the
 # same reason.
@@ -63,7 +63,7 @@ class ProcessResult:
 def make_shards(folder: Path) -> Path:
     """Real clips and stills in a few tars."""
     if not folder.exists():
-        pack_clips(folder, _NUM_SHARDS, (*CLIP_VIDEOS, *CLIP_STILLS) * 4)
+        pack_clips(folder, _NUM_SHARDS, (*CLIP_VIDEOS, *CLIP_STILLS) * 5)
     return folder
 
 
