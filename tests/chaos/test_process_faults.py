@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from chaos.process_faults import KINDS, episode, make_shards, undisturbed
 
-# Without those that wait for deadlines. The head comes last: actors go on without it, and may be done before it is missed.
+# Without those that wait for deadlines. The head is last: actors go on without it, and may be done before it is missed.
 SHORT = ("child", "actor", "driver", "child", "raylet", "actor", "gcs")
 
 
