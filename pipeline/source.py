@@ -46,6 +46,7 @@ from pipeline.inputs import (
 )
 from pipeline.records import ClipFailure, ShardSpec, SourceVideo
 from pipeline.storage import InputFile, ObjectStore, open_input, open_input_fd, stat_input
+from pipeline.store import shown_uri
 
 _REST = "*"
 _DEFAULT_CAPTION_COLUMN = "caption"
@@ -319,7 +320,7 @@ def _open_entry(
             raise RejectionError("duplicate_key", "an earlier row of the shard has this key")
         extension = extension_of(entry.uri)
         if extension not in MEDIA_KINDS:
-            raise RejectionError("not_allowed", f"{_shown(entry.uri)} is no video or image by its extension")
+            raise RejectionError("not_allowed", f"{_shown(shown_uri(entry.uri))} is no video or image by its extension")
         info = stat_input(entry.uri)
         found.note(entry, version_of(info, _stat_beside(entry.txt_uri), _stat_beside(entry.json_uri)))
         media = _open_media(info, max_file_bytes)

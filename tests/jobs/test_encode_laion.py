@@ -34,7 +34,7 @@ def _run(flags: list[str], folder: Path, capsys: pytest.CaptureFixture[str]) -> 
         (["--buckets", "100x100x16"], "multiple of 8"),
         (["--config", "{tmp}/job.yaml"], "colour"),
         (["--config", "{tmp}/nowhere.yaml"], "nowhere.yaml"),
-        (["--retry-failed", "timeout"], "--retry-failed"),
+        (["--retry-failed", "too_late"], "too_late"),
         (["--text-encoder", "some/model"], "--text-encoder"),
     ],
 )
