@@ -150,6 +150,8 @@ def _open_container(media_fd: int, limits: DecodeLimits) -> InputContainer:
             _Media(media_fd),
             mode="r",
             buffer_size=_READ_BYTES,
+            # Titles are written in whatever alphabet the writer had, and nothing here reads them.
+            metadata_errors="replace",
             container_options={
                 "protocol_whitelist": "none",
                 "format_whitelist": ",".join(CONTAINERS),

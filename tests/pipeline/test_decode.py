@@ -235,6 +235,24 @@ def test_containers_and_codecs_give_the_same_frames(
         assert seen == [int(instant * 25 / 8 + 1e-6) for instant in range(9 * clip.clip_index, 9 * clip.clip_index + 9)]
 
 
+@pytest.mark.parametrize("suffix", [".avi", ".mkv", ".mp4"])
+@pytest.mark.parametrize(
+    "title",
+    [
+        "Caf\u00e9 \u00fc".encode("latin-1"),
+        "\u041a\u0438\u043d\u043e".encode("cp1251"),
+        "\u6620\u753b".encode("shift-jis"),
+    ],
+)
+def test_a_title_in_any_alphabet_is_no_fault_of_a_video(suffix: str, title: bytes, pool: DecodePool) -> None:
+    stand_in = b"Q" * len(title)
+    codec = ("-c:v", "mpeg4", "-q:v", "3") if suffix == ".avi" else ("-c:v", "libx264")
+    whole = moving_pattern("160x120", "25", 2, *codec, "-metadata", f"title={stand_in.decode()}", suffix=suffix)
+    named = whole.replace(stand_in, title)
+    assert named != whole
+    assert digests(list(pool.decode([video(named)]))) == digests(list(pool.decode([video(whole)])))
+
+
 def test_a_trimmed_mp4_begins_where_its_edit_list_says(pool: DecodePool, tmp_path: Path) -> None:
     made = ffmpeg("-ss", "0.3", "-i", str(WAVES), "-c", "copy")
     path = tmp_path / "trimmed.mp4"
