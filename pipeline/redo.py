@@ -13,7 +13,8 @@ A **repair** is ordered by record, because damage is found by another process th
     repairs/<record>/<number>.done.json    create-once: they were put back; without one, a record may `replace` this one
 
 What was encoded again has the same bytes as a rule, and is put back under its name. Other bytes become a generation
-that replaces the damaged record, unless the input is another one than then: nobody asked for that.
+that replaces the damaged record, unless the input is another one than then, or gives less: nobody asked for that. An
+input that was cleaned up, or that does not answer tonight, must not turn samples that are damaged into rejections.
 
 Whoever starts from an older state than another one that is at it loses, reads anew and does what is left.
 """
@@ -22,6 +23,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -132,8 +134,14 @@ def retries(
 
 
 def _rejections_of(store: ObjectStore, shard: DecidedShard) -> Iterator[ClipFailure]:
-    for file in (file for commit in shard.commits for file in commit.files if file.content == "rejected"):
-        yield from read_rejections(read_data_file(store, file))
+    for commit in shard.commits:
+        yield from _rejections_in(store, commit)
+
+
+def _rejections_in(store: ObjectStore, commit: Commit) -> Iterator[ClipFailure]:
+    for file in commit.files:
+        if file.content == "rejected":
+            yield from read_rejections(read_data_file(store, file))
 
 
 def _num_attempts(shard: DecidedShard, key: str) -> int:
@@ -262,8 +270,8 @@ def finish(
         written: its files.
 
     Raises:
-        StorageError: the input of a repair changed; or another run appended a generation meanwhile and something is
-            left to do, so that the shard must be tried again.
+        StorageError: the input of a repair changed, or gives less than the damaged record had; or another run appended
+            a generation meanwhile and something is left to do, so that the shard must be tried again.
     """
     shard, redo = begun.shard, begun.redo
     damaged = next((commit for commit in shard.commits if name_of(commit) == redo.replaces), None)
@@ -274,6 +282,7 @@ def finish(
             _mark_done(store, name_of(damaged))
             return "restored"
         _refuse_other_input(damaged, draft)
+        _refuse_loss(store, begun, damaged, draft, written)
     generation = shard.next_generation
     draft = replace(
         draft,
@@ -317,6 +326,31 @@ def _refuse_other_input(damaged: Commit, draft: Commit) -> None:
             f"record {name_of(damaged)} is damaged and cannot be repaired from {damaged.source_uri}, which is not what "
             f"it was then: size, etag and changed files were {then} and are {now}. Restore the input, or the files of "
             "the record; a repair must not bring in what another input holds"
+        )
+
+
+def _refuse_loss(
+    store: ObjectStore, begun: Begun, damaged: Commit, draft: Commit, written: Sequence[WrittenFile]
+) -> None:
+    """Refuses fewer records than only the damaged one has, and rejections that it did not have."""
+    num_only_here = begun.shard.counts.num_records - len(begun.elsewhere)
+    num_then, num_now = min(damaged.counts.num_records, num_only_here), draft.counts.num_records
+    found = [failure for file in written if file.content == "rejected" for failure in read_rejections(file.path)]
+    try:
+        then = Counter((failure.key, failure.clip_index) for failure in _rejections_in(store, damaged))
+        now = Counter((failure.key, failure.clip_index) for failure in found)
+        new = [failure for failure in found if (failure.key, failure.clip_index) in now - then]
+    except (DamagedObjectError, StorageNotFoundError):
+        # Which videos they were cannot be read any more; how many there were of each kind is in the record.
+        more = Counter(draft.counts.reasons) - Counter(damaged.counts.reasons)
+        new = [failure for failure in found if failure.reason in more]
+    if num_now < num_then or new:
+        example = f", for example {new[0].key!r}, {new[0].reason}: {new[0].message}" if new else ""
+        raise StorageError(
+            f"record {name_of(damaged)} is damaged and is not replaced, because {damaged.source_uri} gives less now: "
+            f"{num_now} samples for {num_then}, and {len(new)} rejections that the record does not have{example}. Its "
+            "order stands: restore the input, or the files of the record, give the flags of then (--allow-http, "
+            "limits), or try again where the cause may pass"
         )
 
 

@@ -325,6 +325,67 @@ def test_a_repair_from_an_input_that_changed_is_refused_and_stays_ordered(job: J
     assert len(job.repairs()) == 1
 
 
+@pytest.mark.parametrize("content", ["parquet", "webdataset", "rejected"])
+def test_a_repair_whose_input_is_gone_replaces_nothing_and_stays_ordered(
+    content: str, job: Job, tmp_path: Path
+) -> None:
+    (spec,) = job.specs()
+    job.encode([spec])
+    before = job.shards()[spec.shard_id].counts
+    path = Path(job.store.url(next(f.key for f in job.commits()[spec.shard_id].files if f.content == content)))
+    whole = path.read_bytes()
+    _damage(job, spec.shard_id, content)
+    assert main(["verify", job.store.root_uri, "--requeue"]) == 1
+    repair = job.repairs()
+    (job.folder / "in" / "a.jpg").rename(tmp_path / "a.jpg")
+    with pytest.raises(StorageError, match=r"not replaced.*gives less now.*1 samples for 2.*'a', not_found"):
+        job.encode(repair)
+    assert list(job.commits()) == [spec.shard_id]
+    assert job.shards()[spec.shard_id].counts == before
+    assert main(["verify", job.store.root_uri]) == 1, "it is still damaged"
+    (tmp_path / "a.jpg").rename(job.folder / "in" / "a.jpg")
+    assert job.encode(job.repairs()) == ["restored"]
+    assert path.read_bytes() == whole
+    assert job.repairs() == []
+
+
+def test_a_repair_does_not_trade_one_sample_for_another(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A record of one rejection more and a sample less balances one of a sample more, if only numbers are compared."""
+    (spec,) = job.specs()
+    job.encode([spec])
+    _damage(job, spec.shard_id)
+    order_repair(job.store, spec.shard_id, [])
+    (job.folder / "in" / "a.jpg").unlink()
+    put_picture(job.folder / "in", "b", PICTURES["b"])
+    # As with a web address, which has no version: nothing but the outcome tells that the input is another one.
+    monkeypatch.setattr("pipeline.redo._refuse_other_input", lambda *_: None)
+    with pytest.raises(StorageError, match=r"2 samples for 2, and 1 rejections .*'a', not_found"):
+        job.encode(job.repairs())
+    assert list(job.commits()) == [spec.shard_id]
+
+
+def test_a_repair_beside_a_retry_is_compared_with_what_only_its_record_has(job: Job) -> None:
+    (spec,) = job.specs()
+    job.encode([spec])
+    put_picture(job.folder / "in", "b", PICTURES["b"])
+    job.encode(job.retries("empty_file").specs)
+    _as_if_encoded_elsewhere(job, f"{spec.shard_id}.r1")
+    _damage(job, f"{spec.shard_id}.r1")
+    order_repair(job.store, f"{spec.shard_id}.r1", [])
+    repair = job.repairs()
+    picture = (job.folder / "in" / "b.jpg").read_bytes()
+    stamp = (job.folder / "in" / "b.jpg").stat().st_mtime_ns
+    (job.folder / "in" / "b.jpg").write_bytes(b"x" * len(picture))
+    os.utime(job.folder / "in" / "b.jpg", ns=(0, stamp))
+    with pytest.raises(StorageError, match="0 samples for 1, and 1 rejections"):
+        job.encode(repair)
+    (job.folder / "in" / "b.jpg").write_bytes(picture)
+    os.utime(job.folder / "in" / "b.jpg", ns=(0, stamp))
+    assert job.encode(repair) == ["committed"]
+    assert job.shards()[spec.shard_id].counts.num_videos_ok == 3
+    assert audit(job.store).findings == ()
+
+
 def test_a_file_that_changes_between_planning_and_encoding_is_encoded_as_it_is_then(job: Job) -> None:
     (spec,) = job.specs()
     put_picture(job.folder / "in", "b", PICTURES["b"])
