@@ -24,7 +24,7 @@ import json
 import os
 import tempfile
 from collections import deque
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -45,7 +45,15 @@ from pipeline.inputs import (
     version_of,
 )
 from pipeline.records import ClipFailure, ShardSpec, SourceVideo
-from pipeline.storage import InputFile, ObjectStore, open_input, open_input_fd, stat_input
+from pipeline.storage import (
+    InputFile,
+    ObjectStore,
+    is_web_address,
+    open_input,
+    open_input_fd,
+    stat_input,
+    web_is_allowed,
+)
 from pipeline.store import shown_uri
 
 _REST = "*"
@@ -81,6 +89,7 @@ def iterate_videos(
 
     Raises:
         StorageError: the input could not be read, or changed since it was planned; the shard may be tried again.
+        UsageError: a slice holds web addresses, which were allowed when it was planned and are not now.
     """
     keys = None if spec.redo is None or spec.redo.keys is None else frozenset(spec.redo.keys)
     if spec.kind == "tar":
@@ -278,6 +287,7 @@ def _slice_videos(
     found: FoundVersions,
 ) -> Iterator[SourceVideo | ClipFailure]:
     entries = read_slice(store, spec).entries
+    _refuse_forgotten_flag(spec, entries)
     first_with_key = {entry.key: number for number, entry in reversed(list(enumerate(entries)))}
     opened: deque[Future[SourceVideo | ClipFailure]] = deque()
     with ThreadPoolExecutor(_FILES_AHEAD, thread_name_prefix="open-ahead") as pool:
@@ -294,6 +304,15 @@ def _slice_videos(
         finally:
             for left in opened:
                 _close_unused(left)
+
+
+def _refuse_forgotten_flag(spec: ShardSpec, entries: Sequence[SliceEntry]) -> None:
+    """A plan that was made without the flag holds the rejection of a web address, one with it the bare address."""
+    if not web_is_allowed() and any(entry.problem is None and is_web_address(entry.uri) for entry in entries):
+        raise UsageError(
+            f"shard {spec.shard_id} was planned with --allow-http and holds web addresses; give --allow-http again, "
+            "or they would be rejected for good"
+        )
 
 
 def _close_unused(future: Future[SourceVideo | ClipFailure]) -> None:

@@ -18,7 +18,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any, BinaryIO, cast
+from typing import IO, Any, BinaryIO, cast
 from urllib.parse import unquote, urlsplit
 
 import fsspec
@@ -40,6 +40,7 @@ __all__ = [
     "ObjectInfo",
     "ObjectStore",
     "allow_web_inputs",
+    "is_web_address",
     "list_inputs",
     "open_input",
     "open_input_fd",
@@ -59,6 +60,11 @@ def allow_web_inputs(largest_bytes: int | None) -> None:
     """Lets this process read http:// and https:// files of at most so many bytes; None, as at the start: none."""
     global _largest_web_bytes
     _largest_web_bytes = largest_bytes
+
+
+def is_web_address(uri: str) -> bool:
+    """Whether a file is read only where `allow_web_inputs` has allowed it."""
+    return re.match(r"https?://", uri, re.IGNORECASE) is not None
 
 
 def web_is_allowed() -> bool:
@@ -113,7 +119,7 @@ def list_inputs(uri: str) -> list[InputFile]:
         files = _list_local(local)
     elif uri.startswith("s3://"):
         files = _list_s3(uri)
-    elif _is_web(uri):
+    elif is_web_address(uri):
         if "?" in uri:
             raise UsageError(f"{shown_uri(uri)}: what follows the ? would stand in every record; name it in a table")
         files = [stat_input(uri)]
@@ -202,7 +208,7 @@ def stat_input(uri: str) -> InputFile:
         if found is None:
             raise StorageNotFoundError(f"{shown_uri(uri)} does not exist")
         return _s3_file(store, found)
-    if _is_web(uri):
+    if is_web_address(uri):
         _web_limit(uri)
         # Known once it is fetched: servers answer questions about size as they like.
         return InputFile(uri=uri, num_bytes=None, etag=None)
@@ -226,7 +232,7 @@ def open_input(uri: str) -> BinaryIO:
     if uri.startswith("s3://"):
         store, key = _s3_input(uri)
         return cast(BinaryIO, io.BufferedReader(_S3Reader(store, key), _READ_AHEAD_BYTES))
-    if _is_web(uri):
+    if is_web_address(uri):
         return os.fdopen(fetch(uri, _web_limit(uri)), "rb")
     local = _local_path(uri)
     with _input_errors(uri):
@@ -245,7 +251,7 @@ def open_input_fd(uri: str) -> int:
         StorageNotFoundError: there is no such file.
         StorageDeniedError: it is local and may not be read.
     """
-    if _is_web(uri):
+    if is_web_address(uri):
         return fetch(uri, _web_limit(uri))
     local = _local_path(uri)
     with _input_errors(uri):
@@ -256,11 +262,22 @@ def open_input_fd(uri: str) -> int:
                 os.close(descriptor)
                 raise StorageNotFoundError(f"{local} is not a regular file")
             return descriptor
-        with open_input(uri) as source, tempfile.TemporaryFile() as spool:
+        with open_input(uri) as source, _temporary_file(uri) as spool:
             shutil.copyfileobj(source, spool, _READ_AHEAD_BYTES)
             spool.flush()
             os.lseek(spool.fileno(), 0, os.SEEK_SET)
             return os.dup(spool.fileno())
+
+
+def _temporary_file(uri: str) -> IO[bytes]:
+    try:
+        return tempfile.TemporaryFile()
+    except OSError as error:
+        # A temporary folder that is missing must not pass for an input that is.
+        raise StorageError(
+            f"{shown_uri(uri)} cannot be kept on the disk: {error.strerror or error}; make room in the temporary "
+            "folder, or set TMPDIR"
+        ) from error
 
 
 class _S3Reader(io.RawIOBase):
@@ -300,10 +317,6 @@ def _local_path(uri: str) -> str | None:
     if uri.startswith("file://"):
         return os.path.abspath(unquote(urlsplit(uri).path))
     return None if re.match(r"[A-Za-z][\w+.-]*:(//|:)", uri) else os.path.abspath(uri)
-
-
-def _is_web(uri: str) -> bool:
-    return re.match(r"https?://", uri, re.IGNORECASE) is not None
 
 
 def _web_limit(uri: str) -> int:
