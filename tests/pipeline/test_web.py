@@ -6,11 +6,13 @@ address is judged by the real rule. The canary on 127.0.0.1 is what a hostile ad
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ import pytest
 
 from pipeline import storage, web
 from pipeline.config import DecodeLimits, EncodingConfig, SourceConfig
-from pipeline.errors import StorageNotFoundError, UsageError
+from pipeline.errors import StorageError, StorageNotFoundError, StorageUnavailableError, UsageError
 from pipeline.plan import plan_shards
 from pipeline.records import ClipFailure, SourceVideo
 from pipeline.source import iterate_videos
@@ -33,6 +35,7 @@ class Server:
 
     def __init__(self, host: str) -> None:
         self.asked: list[str] = []
+        self.is_closing = threading.Event()
         self.answers: dict[str, Any] = {}
         server = self
 
@@ -42,6 +45,8 @@ class Server:
 
             def do_GET(self) -> None:
                 server.asked.append(self.path)
+                if self.path.startswith("/drip"):
+                    return server.drip(self)
                 answer = server.answers.get(self.path, 404)
                 status = answer if isinstance(answer, int) else 302 if isinstance(answer, str) else 200
                 body = answer if isinstance(answer, bytes) else b""
@@ -59,7 +64,16 @@ class Server:
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02})
         self._thread.start()
 
+    def drip(self, handler: BaseHTTPRequestHandler) -> None:
+        """One byte now and then, without end: of the headers, of the size of a chunk, or of the file."""
+        headers = {"/drip-header.mp4": b"", "/drip-chunk.mp4": b"Transfer-Encoding: chunked\r\n\r\n"}
+        handler.wfile.write(b"HTTP/1.1 200 OK\r\n" + headers.get(handler.path, b"\r\n"))
+        with suppress(OSError):
+            while not self.is_closing.wait(0.01):
+                handler.wfile.write(b"0")
+
     def close(self) -> None:
+        self.is_closing.set()
         self._server.shutdown()
         self._thread.join()
         self._server.server_close()
@@ -71,6 +85,7 @@ def public(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     real = web.is_public
     monkeypatch.setattr("pipeline.web.is_public", lambda address: address == "127.0.0.2" or real(address))
     monkeypatch.setattr("pipeline.web._PAUSE_S", 0.01)
+    monkeypatch.setattr("pipeline.web._last_answered", None)
     storage.allow_web_inputs(100_000)
     server.answers["/a.mp4"] = CONTENT
     yield server
@@ -203,6 +218,127 @@ def test_what_a_server_does_wrong_is_the_fault_of_its_file(public: Server) -> No
     assert "canary" not in str(caught.value)
 
 
+@pytest.mark.parametrize("part", ["header", "chunk", "file"])
+def test_a_server_that_drips_is_given_up_at_the_deadline(
+    part: str, public: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.web._STALL_S", 0.1)
+    said = "3 times: TimeoutError" if part == "header" else "comes at less than 20000 bytes/s"
+    with pytest.raises(StorageNotFoundError, match=said):
+        open_input_fd(f"{public.url}/drip-{part}.mp4")
+
+
+def test_a_server_that_never_finishes_its_handshake_is_given_up(
+    public: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.web._STALL_S", 0.1)
+    with (
+        socket.create_server(("127.0.0.2", 0)) as silent,
+        pytest.raises(StorageNotFoundError, match="3 times: TimeoutError"),
+    ):
+        open_input_fd(f"https://127.0.0.2:{silent.getsockname()[1]}/a.mp4")
+
+
+def _no_space(*_: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def _no_folder(*_: object) -> None:
+    raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp']")
+
+
+@pytest.mark.parametrize("fail", [_no_space, _no_folder])
+def test_what_the_disk_lacks_is_not_the_fault_of_a_file(
+    fail: Any, public: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full disk is not to be had without one: making a temporary file fails as it does there."""
+    with monkeypatch.context() as patch:
+        patch.setattr("pipeline.web.tempfile.TemporaryFile", fail)
+        with pytest.raises(StorageError, match="cannot be kept on the disk") as caught:
+            open_input_fd(f"{public.url}/a.mp4")
+        assert not isinstance(caught.value, StorageNotFoundError)
+    assert public.asked == ["/a.mp4"], "trying again does not help"
+
+
+def test_a_disk_that_fills_up_while_a_file_comes_is_not_the_fault_of_the_file(
+    public: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """/dev/full stands in for the disk: it takes nothing, also when it is closed with bytes that are not written."""
+    monkeypatch.setattr("pipeline.web.tempfile.TemporaryFile", lambda: os.fdopen(os.open("/dev/full", os.O_RDWR), "wb"))
+    with pytest.raises(StorageError, match="No space left on device") as caught:
+        open_input_fd(f"{public.url}/a.mp4")
+    assert not isinstance(caught.value, StorageNotFoundError)
+
+
+def _resolve_as(names: Mapping[str, str | int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The resolver of the library stands in for a name server; a number is its failure. Networks cannot be cut here."""
+
+    def resolve(host: str, port: int, **_: object) -> list[tuple[object, ...]]:
+        found = names[host]
+        if isinstance(found, int):
+            raise socket.gaierror(found, "failed")
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (ip, port)) for ip in found.split()]
+
+    monkeypatch.setattr("pipeline.web.socket.getaddrinfo", resolve)
+    monkeypatch.setattr("pipeline.web.socket.create_connection", _connect_or_fail)
+
+
+def _connect_or_fail(place: tuple[str, int], timeout_s: float) -> socket.socket:
+    if place[0] == "9.9.9.9":
+        raise OSError(errno.ENETUNREACH, "Network is unreachable")
+    return _connect(place, timeout_s)
+
+
+def test_without_a_network_no_file_is_called_missing(public: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    names: dict[str, str | int] = {
+        "good.example": "127.0.0.2",
+        "dead.example": socket.EAI_AGAIN,
+        "far.example": "9.9.9.9",
+    }
+    _resolve_as(names, monkeypatch)
+    monkeypatch.setattr("pipeline.web._OUTAGE_S", 0.5)
+    for host in ("dead.example", "far.example"):
+        with pytest.raises(StorageUnavailableError, match="look at the network"):
+            open_input_fd(f"http://{host}:{public.port}/a.mp4")
+    assert content_of(f"http://good.example:{public.port}/a.mp4") == CONTENT
+    # The rest of the network is well, so these two are not.
+    for host in ("dead.example", "far.example"):
+        with pytest.raises(StorageNotFoundError, match="other hosts can"):
+            open_input_fd(f"http://{host}:{public.port}/a.mp4")
+    # Nor does what was well an hour ago say anything now.
+    names["good.example"] = socket.EAI_AGAIN
+    for host in ("dead.example", "far.example", "good.example"):
+        with pytest.raises(StorageUnavailableError):
+            open_input_fd(f"http://{host}:{public.port}/a.mp4")
+
+
+def test_no_descriptor_left_is_not_the_fault_of_a_file(public: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none_left(*_: object) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pipeline.web.socket.create_connection", none_left)
+        with pytest.raises(StorageError, match="Too many open files") as caught:
+            open_input_fd(f"{public.url}/a.mp4")
+    assert not isinstance(caught.value, StorageNotFoundError)
+
+
+def test_every_address_of_a_host_is_tried(public: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    _resolve_as({"two.example": "9.9.9.9 127.0.0.2"}, monkeypatch)
+    assert content_of(f"http://two.example:{public.port}/a.mp4") == CONTENT
+
+
+def test_addresses_are_read_as_browsers_read_them(public: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    _resolve_as({"xn--bcher-kva.example": "127.0.0.2"}, monkeypatch)
+    public.answers["/my%20caf%C3%A9.mp4?q=%C3%A9%20x"] = CONTENT
+    public.answers["/raw.mp4"] = "/my caf\u00c3\u00a9.mp4?q=%C3%A9 x"  # UTF-8, as Latin-1 carries it
+    for name in ("my caf\u00e9.mp4?q=\u00e9 x", "my%20caf%C3%A9.mp4?q=%C3%A9%20x", "raw.mp4"):
+        assert content_of(f"http://b\u00fccher.example:{public.port}/{name}") == CONTENT
+    for wrong in ("http://a b.example/a.mp4", "http://x.example/a\n.mp4", "http://\u00fc..example/a.mp4"):
+        with pytest.raises(UsageError):
+            open_input_fd(wrong)
+
+
 def test_rows_of_a_table_are_fetched_or_rejected_one_by_one_and_show_no_secret(
     public: Server, canary: Server, tmp_path: Path
 ) -> None:
@@ -238,6 +374,28 @@ def test_rows_of_a_table_are_fetched_or_rejected_one_by_one_and_show_no_secret(
                 assert "canary" not in entry.message
             assert "canary" not in entry.source_uri
     assert reasons == {key: reason for key, (_, reason) in rows.items()}
+
+
+def test_a_slice_that_was_planned_with_the_flag_is_not_read_without(public: Server, tmp_path: Path) -> None:
+    """Its web addresses would all be rejected, and a rejection is for good."""
+    (tmp_path / "b.mp4").write_bytes(CONTENT)
+    rows = [{"key": "a", "url": f"{public.url}/a.mp4"}, {"key": "b", "url": "b.mp4"}]
+    (tmp_path / "table.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = SourceConfig(input=str(tmp_path / "table.jsonl"))
+    store = open_store(str(tmp_path / "out"))
+    (spec,) = plan_shards(source, store)
+    storage.allow_web_inputs(None)
+    with pytest.raises(UsageError, match="planned with --allow-http"):
+        list(iterate_videos(spec, store, EncodingConfig(model="small"), DecodeLimits()))
+    # Who never gave the flag has the rejection in the plan.
+    without = open_store(str(tmp_path / "without"))
+    (spec,) = plan_shards(source, without)
+    rejected, video = iterate_videos(spec, without, EncodingConfig(model="small"), DecodeLimits())
+    assert isinstance(video, SourceVideo)
+    os.close(video.media_fd)
+    assert isinstance(rejected, ClipFailure)
+    assert rejected.reason == "not_allowed"
+    assert public.asked == []
 
 
 def test_an_input_with_a_query_is_refused_because_records_would_hold_it(public: Server) -> None:
