@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 
 from pipeline import storage, web
 from pipeline.config import DecodeLimits, EncodingConfig, SourceConfig
@@ -258,6 +259,20 @@ def test_what_the_disk_lacks_is_not_the_fault_of_a_file(
             open_input_fd(f"{public.url}/a.mp4")
         assert not isinstance(caught.value, StorageNotFoundError)
     assert public.asked == ["/a.mp4"], "trying again does not help"
+
+
+def test_a_temporary_folder_that_is_missing_is_no_missing_input(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of other object stores, whose files are copied to this disk too; a local one of their library stands in."""
+    (tmp_path / "a.mp4").write_bytes(CONTENT)
+    files = LocalFileSystem()
+    monkeypatch.setattr("pipeline.storage._filesystem", lambda _: (files, str(tmp_path / "a.mp4")))
+    assert content_of("gs://bucket/a.mp4") == CONTENT
+    monkeypatch.setattr("pipeline.storage.tempfile.TemporaryFile", _no_folder)
+    with pytest.raises(StorageError, match="cannot be kept on the disk") as caught:
+        open_input_fd("gs://bucket/a.mp4")
+    assert not isinstance(caught.value, StorageNotFoundError)
 
 
 def test_a_disk_that_fills_up_while_a_file_comes_is_not_the_fault_of_the_file(
