@@ -55,7 +55,7 @@ from pipeline.records import (
 from pipeline.redo import Begun, begin, finish
 from pipeline.source import iterate_videos
 from pipeline.storage import ObjectStore, allow_web_inputs, open_store
-from pipeline.store import Backoff
+from pipeline.store import Steps
 
 # Clips decoded ahead of the encoder, per shard in flight: enough to hide a slow video, bounded whatever the bucket.
 _CLIPS_AHEAD_BYTES = 256 << 20
@@ -280,11 +280,11 @@ class EncodeActor:
         )
 
     def beat(self) -> int:
-        """A number that grows with every video read, clip decoded, record written, file stored and pause of a retry.
+        """A number that grows with every block, video, clip, record and part of a file, and the pauses of retries.
 
         Shards in work that never move it hang; an actor that does not even answer is frozen.
         """
-        return self._num_steps + Backoff.num_pauses_of_process
+        return self._num_steps + Steps.num_of_process
 
     def process(self, spec: ShardSpec, manifest: DatasetManifest, poison: frozenset[int] = frozenset()) -> ShardReport:
         """Encodes one shard and commits it, or finds that it is committed.

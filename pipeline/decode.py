@@ -38,6 +38,7 @@ from pipeline.cutting import choose_bucket, clip_spans
 from pipeline.decode_child import MAX_MESSAGE_BYTES
 from pipeline.errors import DecodeChildError
 from pipeline.records import REASONS, Bucket, Clip, ClipFailure, SourceVideo, VideoFacts
+from pipeline.store import Steps
 
 __all__ = ["DecodePool", "choose_bucket", "clip_spans", "decoder_versions"]
 
@@ -158,6 +159,7 @@ class _Child:
             DecodeChildError: its decoders are not those that it was written for.
             _StoppedError: `stop` became true.
         """
+        asked_s = time.monotonic()
         try:
             descriptors = [] if descriptor is None else [descriptor]
             socket.send_fds(self._connection, [json.dumps(request).encode("ascii")], descriptors)
@@ -172,6 +174,9 @@ class _Child:
                     raise DecodeChildError(f"a decoder is incomplete ({said}); install the versions of constraints.txt")
                 if answer["type"] != "alive":
                     return answer
+                # A child says so between frames. One that was taken over may say it for ever.
+                if time.monotonic() - asked_s < self._limits.max_decode_cpu_s:
+                    Steps.note()
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise self.broken("the conversation broke off", str(error)) from error
 

@@ -22,7 +22,7 @@ import pyarrow as pa
 from pipeline.errors import DamagedObjectError, RejectionError, StorageError, StorageUnavailableError
 from pipeline.records import MediaKind, ShardSpec
 from pipeline.storage import InputFile, ObjectStore
-from pipeline.store import shown_uri
+from pipeline.store import Steps, shown_uri
 
 # What counts as media here; whether it can be decoded is for the decoder to say, in a rejection that people can see.
 _VIDEOS = ("mp4", "m4v", "mov", "webm", "mkv", "avi", "mpg", "mpeg", "ts", "m2ts", "3gp", "flv", "wmv", "ogv")
@@ -431,6 +431,7 @@ class _StoredBytes(io.RawIOBase):
         except OSError as error:
             raise StorageError(f"{self._uri} cannot be read after byte {self.num_bytes_read}: {error}") from error
         self.num_bytes_read += len(block)
+        Steps.note()
         if size and not block and self._num_bytes is not None and self.num_bytes_read < self._num_bytes:
             raise StorageUnavailableError(
                 f"{self._uri} ended after {self.num_bytes_read} of {self._num_bytes} bytes; trying again is safe"

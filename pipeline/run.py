@@ -17,7 +17,7 @@ import tempfile
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from ipaddress import ip_address
@@ -29,7 +29,7 @@ from typing import Any
 import ray
 import torch
 from ray._private.authentication.authentication_utils import is_token_auth_enabled
-from ray.exceptions import ActorDiedError, RayActorError, RayError, RayTaskError
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError, RayError, RayTaskError
 
 from pipeline import sandbox
 from pipeline.actors import EncodeActor, ShardReport, WorkerFacts
@@ -80,9 +80,12 @@ _MAX_FAILED_RETURNS = 150
 _TOLD_RETURNS = 15
 # An actor that fails at every shard (a lost GPU context, a full disk) must not spend the attempts of all of them.
 _MAX_FAILED_SHARDS = 2
-# Errors one after the other, none of them a death, with no shard decided in between: a full disk, credentials that
-# expired. Going on would spend the attempts of every shard.
-_MAX_ERRORS_IN_A_ROW = 12
+# Shards that fail one after the other, none of them by a death, with none decided in between: a full disk, credentials
+# that expired. Going on would spend the attempts of every shard.
+_MAX_FAILED_IN_A_ROW = 12
+# Deaths likewise, and for each actor a few more: a search ends in fewer, and all machines may be taken away at once.
+_MAX_DEATHS_IN_A_ROW = 30
+_MAX_DEATHS_PER_ACTOR = 4
 # One video alone must kill its worker so often before it is held for poison.
 _NUM_CONFIRMATIONS = 2
 _MAX_POISON = 10
@@ -127,6 +130,10 @@ class RunSummary:
     num_inputs_changed: int = 0
     num_inputs_changed_on_the_way: int = 0
     inputs_changed: Mapping[str, Sequence[str]] = field(default_factory=dict)  # URI -> version then and now, at most 20
+
+
+class _HopelessError(LatentmillError):
+    """The run cannot go on; what is committed stays."""
 
 
 class _Interrupt:
@@ -390,6 +397,12 @@ class _Ledger:
             metrics.set("latentmill_encoder_busy_ratio", report.busy_share, actor=str(actor))
         self._rate.add(len(self.done), self._num_records)
 
+    def give_up(self, message: str) -> None:
+        """Leaves every shard undone that is neither done nor undone for a reason of its own."""
+        for spec in self.todo:
+            if spec.shard_id not in self.done:
+                self.undone.setdefault(spec.shard_id, message)
+
     def note_states(self, num_running: int) -> None:
         """Sets the gauges of shards by state."""
         for state, number in (
@@ -578,6 +591,7 @@ class _Slot:
     has_been_ready: bool = False
     held: set[str] = field(default_factory=set)
     num_failed_starts: int = 0  # since it was last ready
+    num_start_errors: int = 0  # of these, by an error of a process that lives
     num_failed_shards: int = 0  # since it last decided one
     beat: Any = None  # the question that is not answered yet
     has_been_heard: bool = False  # since its process was started
@@ -607,12 +621,14 @@ class _Pool:
             num_gpus=num_gpus,
             max_restarts=-1,
             max_task_retries=0,
-            max_concurrency=_SHARDS_PER_ACTOR + 2,  # beside shards: start or stop, and beats
+            # Beside shards: start or stop, beats, and shards that the driver took for lost with an actor that lived.
+            max_concurrency=2 * _SHARDS_PER_ACTOR + 2,
             runtime_env={} if num_gpus else {"env_vars": CPU_ENVIRONMENT},
         )
         self._wanted = f"{num_actors} actors of {num_cpus} CPUs and {num_gpus:g} GPUs each"
         self._progress = progress
         self._run = config.run
+        self._has_been_ready = False
         self._awake_s = 0.0
         self._looked_s = time.monotonic()
         self.slots = [_Slot(index, actor.remote(config, str(index), device_type)) for index in range(num_actors)]
@@ -645,16 +661,32 @@ class _Pool:
         return None
 
     def admit(self, started: Any) -> WorkerFacts | None:
-        """Takes an actor whose start has ended into service; None if it died on the way, and is started anew."""
+        """Takes an actor whose start has ended into service; None if that failed, and it is started anew or given up.
+
+        Raises:
+            LatentmillError: the first start of all failed, or no actor is left.
+        """
         slot = self.starting.pop(started)
         try:
             facts: WorkerFacts = ray.get(started)
         except RayTaskError as error:
-            raise error.cause from error
+            if not self._has_been_ready:
+                raise error.cause from error
+            # A lost GPU, a node without the model: no reason to end what others do well.
+            slot.num_failed_starts += 1
+            slot.num_start_errors += 1
+            if slot.num_start_errors >= _MAX_FAILED_STARTS:
+                self._give_up(slot, error.cause)
+            else:
+                self._progress.say("actor", f"encoder {slot.index} cannot start: {_message(error.cause)}")
+                ray.kill(slot.handle, no_restart=False)
+                self._start(slot)
+            return None
         except RayActorError as error:
             slot.num_failed_starts += 1
             # Dead for good is an actor whose constructor failed; one that Ray starts again answers so for a while.
-            limit = _MAX_FAILED_RETURNS if slot.has_been_ready else _MAX_FAILED_STARTS
+            is_returning = slot.has_been_ready or slot.num_start_errors
+            limit = _MAX_FAILED_RETURNS if is_returning else _MAX_FAILED_STARTS
             if isinstance(error, ActorDiedError) or slot.num_failed_starts >= limit:
                 self._give_up(slot, error)
             else:
@@ -662,8 +694,8 @@ class _Pool:
                     self._progress.say("actor", f"encoder {slot.index} does not answer yet: {_in_short(error)}")
                 self._start(slot)
             return None
-        slot.is_ready = slot.has_been_ready = True
-        slot.num_failed_starts = 0
+        slot.is_ready = slot.has_been_ready = self._has_been_ready = True
+        slot.num_failed_starts = slot.num_start_errors = 0
         return facts
 
     def restart(self, slot: _Slot, *, kill: bool) -> None:
@@ -725,8 +757,10 @@ class _Pool:
     def _give_up(self, slot: _Slot, error: Exception) -> None:
         message = f"encoder {slot.index} could not be started {slot.num_failed_starts} times: {_in_short(error)}"
         self._progress.say("actor", f"{message}; going on without it")
-        if not self.starting and not any(other.is_ready for other in self.slots):
-            raise LatentmillError(f"{message}. No encoder is left; what is committed stays, the same command goes on")
+        self.slots.remove(slot)
+        ray.kill(slot.handle)
+        if not self.slots:
+            raise _HopelessError(f"{message}. No encoder is left; what is committed stays, the same command goes on")
 
     def stop(self) -> None:
         """Lets every actor clean up, then ends it."""
@@ -738,11 +772,17 @@ class _Pool:
 class _Search:
     """Finds the one video of a shard that kills its worker: halves are tried, then that video alone.
 
-    Deaths that have other causes lead it astray, and then the last video does not kill: nothing was found.
+    Deaths that have other causes lead it astray. Then the last video does not kill, or, where everything kills, nothing
+    ever survives: no video is blamed.
+
+    Attributes:
+        has_survived: a part in which a video was touched killed nobody.
     """
 
     def __init__(self) -> None:
         self.num_errors = 0
+        self.has_survived = False
+        self._num_videos = 0
         self._low = 0
         self._high: int | None = None
         self._num_deaths_alone = 0
@@ -751,32 +791,41 @@ class _Search:
         """The places of the videos to try next; the first time none, to learn how many there are."""
         if self._high is None:
             return range(0)
+        if self.suspect is not None:
+            return range(self._low + 1, self._num_videos)
         return range(self._low, max(self._low + 1, (self._low + self._high) // 2))
 
-    def note_death(self) -> int | None:
-        """The last part killed its worker. Returns the place of the poison once it is certain.
+    @property
+    def suspect(self) -> int | None:
+        """The place of the video that killed alone, often enough; the next part is then the rest of the shard."""
+        return self._low if self._num_deaths_alone == _NUM_CONFIRMATIONS else None
+
+    def note_death(self) -> None:
+        """The last part killed its worker.
 
         Raises:
-            _NotFoundError: the shard cannot even be read without a death.
+            _NotFoundError: the shard cannot even be read without a death, or every part of it kills.
         """
         part = self.next_part()
-        if self._high is None:
+        if self._high is None or self.suspect is not None:
             raise _NotFoundError
         if self._high - self._low > 1:
             self._high = part.stop
-            return None
-        self._num_deaths_alone += 1
-        return self._low if self._num_deaths_alone == _NUM_CONFIRMATIONS else None
+        else:
+            self._num_deaths_alone += 1
 
-    def note_survival(self, num_videos: int) -> None:
-        """The last part killed nobody; the shard has so many videos.
+    def note_survival(self, num_videos: int, untouched: Set[int] = frozenset()) -> None:
+        """The last part killed nobody; the shard has so many videos, of which some are not touched any more.
 
         Raises:
             _NotFoundError: no video is left that could be the one.
         """
         part = self.next_part()
+        self.has_survived = self.has_survived or bool(set(part) - untouched)
+        if self.suspect is not None:
+            return
         if self._high is None:
-            self._high = num_videos
+            self._num_videos = self._high = num_videos
         elif self._high - self._low > 1:
             self._low = part.stop
         else:
@@ -828,18 +877,43 @@ class _Dispatch:
         self._failed_on: dict[str, int] = {}  # shard id -> actor of its last attempt
         self._searches: dict[str, _Search] = {}
         self._poison: dict[str, frozenset[int]] = {}
-        self._num_errors_in_a_row = 0
+        self._failed_in_a_row: set[str] = set()
+        self._num_deaths_in_a_row = 0
+        self._last_failure = ""
+        # Shards of which a video was encoded, all of them and before the first death of a shard: workers that encode
+        # others are sound.
+        self._num_encoded = 0
+        self._num_encoded_before: dict[str, int] = {}
 
     def until_decided(self) -> None:
-        """Runs to the end.
+        """Runs to the end, or until going on makes no sense; then the shards that are left are undone.
 
         Raises:
             UsageError: the model or the configuration is wrong.
             StorageError: an actor committed where this process cannot see it.
         """
+        try:
+            self._work()
+        except _HopelessError as error:
+            self._progress.say("stop", str(error))
+            self._ledger.give_up(str(error))
+        self._progress.show(self._ledger.standing(len(self._running)), is_last=True)
+        # What was put back in place has no record of its own.
+        unseen = self._ledger.first_done - committed_ids(self._store)
+        if unseen:
+            raise StorageError(
+                f"{len(unseen)} shards (such as {min(unseen)}) were committed by an actor but are not seen from the "
+                f"driver at {self._store.root_uri}: every node must reach the same storage; use s3:// or a shared disk"
+            )
+
+    def _work(self) -> None:
         last_snapshot = 0
         while not self._interrupt.is_set and self._ledger.num_left:
-            self._hand_out()
+            why_hopeless = self._why_hopeless()
+            if why_hopeless is None:
+                self._hand_out()
+            elif not self._running:
+                raise _HopelessError(why_hopeless)
             self._take_back(_POLL_S)
             for slot, why in self._pool.hanging():
                 self._end_hanging(slot, why)
@@ -852,14 +926,18 @@ class _Dispatch:
             deadline = time.monotonic() + self._grace_s
             while self._running and time.monotonic() < deadline:
                 self._take_back(_POLL_S)
-        self._progress.show(self._ledger.standing(len(self._running)), is_last=True)
-        # What was put back in place has no record of its own.
-        unseen = self._ledger.first_done - committed_ids(self._store)
-        if unseen:
-            raise StorageError(
-                f"{len(unseen)} shards (such as {min(unseen)}) were committed by an actor but are not seen from the "
-                f"driver at {self._store.root_uri}: every node must reach the same storage; use s3:// or a shared disk"
-            )
+
+    def _why_hopeless(self) -> str | None:
+        if len(self._failed_in_a_row) >= _MAX_FAILED_IN_A_ROW:
+            what = f"{len(self._failed_in_a_row)} shards in a row failed"
+        elif self._num_deaths_in_a_row >= _MAX_DEATHS_IN_A_ROW + _MAX_DEATHS_PER_ACTOR * len(self._pool.slots):
+            what = f"{self._num_deaths_in_a_row} attempts in a row killed their worker"
+        else:
+            return None
+        return (
+            f"{what} and none succeeded, so the run stops; what is committed stays, the same command goes on. The last "
+            f"error: {self._last_failure}"
+        )
 
     def _hand_out(self) -> None:
         # Every actor gets its first shard before any gets its second.
@@ -923,11 +1001,16 @@ class _Dispatch:
                 self._pool.restart(slot, kill=True)
             self._note_error(task, _message(error.cause))
         except RayActorError as error:
-            self._pool.restart(slot, kill=False)
+            # One that is only out of reach would go on with what it holds, beside what it is given next.
+            self._pool.restart(slot, kill=isinstance(error, ActorUnavailableError))
             self._note_death(task, f"the worker process died: {_in_short(error)}")
         else:
-            slot.num_failed_shards = self._num_errors_in_a_row = 0
+            slot.num_failed_shards = 0
+            self._failed_in_a_row.clear()
+            if task.part is None or task.part:
+                self._num_deaths_in_a_row = 0
             if task.part is None:
+                self._num_encoded += found.counts.num_records > 0
                 self._ledger.add(found, slot.index)
             else:
                 self._note_survival(task, found)
@@ -941,12 +1024,18 @@ class _Dispatch:
         for reference in [reference for reference, task in self._running.items() if task.slot is slot]:
             task = self._running.pop(reference)
             slot.held.discard(task.spec.shard_id)
-            self._note_death(task, message)
+            self._suspects.add(task.spec.shard_id)
+            self._note_error(task, message)
         self._note_depth(slot)
 
     def _note_error(self, task: _Task, message: str) -> None:
-        """An attempt ended in an error, and its worker lives."""
-        self._num_errors_in_a_row += 1
+        """An attempt ended without a death by itself: in an error, or in a deadline, which no video is blamed for."""
+        self._last_failure = message
+        if task.spec.shard_id not in self._failed_in_a_row:
+            self._failed_in_a_row.add(task.spec.shard_id)
+            if len(self._failed_in_a_row) == _MAX_FAILED_IN_A_ROW // 2:
+                # Bad shards may stand side by side in the plan: others are asked before all is held for hopeless.
+                self._waiting.rotate(-(len(self._waiting) // 2))
         search = self._searches.get(task.spec.shard_id)
         if search is None:
             self._try_again(task, message, is_death=False)
@@ -957,48 +1046,58 @@ class _Dispatch:
                 self._waiting.append(task.spec)
             else:
                 self._leave_undone(task.spec, f"the search for the video that kills the worker failed: {message}")
-        if self._num_errors_in_a_row >= _MAX_ERRORS_IN_A_ROW:
-            raise LatentmillError(
-                f"{self._num_errors_in_a_row} attempts in a row failed and none succeeded, so the run stops; what is "
-                f"committed stays, the same command goes on. The last error: {message}"
-            )
 
     def _note_death(self, task: _Task, message: str) -> None:
         shard_id = task.spec.shard_id
         self._suspects.add(shard_id)
+        self._num_encoded_before.setdefault(shard_id, self._num_encoded)
+        self._num_deaths_in_a_row += 1
+        self._last_failure = message
         search = self._searches.get(shard_id)
         if search is None or task.part is None:
             self._try_again(task, message, is_death=True)
             return
         self._ledger.metrics.add("latentmill_shard_attempts_failed_total")
+        self._failed_on[shard_id] = task.slot.index
         try:
-            place = search.note_death()
+            search.note_death()
         except _NotFoundError:
             self._give_up_search(task.spec, message)
-            return
-        if place is not None:
+        else:
+            self._search_on(task.spec, search, message)
+
+    def _note_survival(self, task: _Task, num_videos: int) -> None:
+        search = self._searches[task.spec.shard_id]
+        search.num_errors = 0
+        message = f"the worker process died {self._max_attempts} times"
+        try:
+            search.note_survival(num_videos, self._poison.get(task.spec.shard_id, frozenset()))
+        except _NotFoundError:
+            self._give_up_search(task.spec, message)
+        else:
+            self._search_on(task.spec, search, message)
+
+    def _search_on(self, spec: ShardSpec, search: _Search, message: str) -> None:
+        """Rejects the video that is found, once other videos have been encoded: a broken worker dies of every one."""
+        shard_id, place = spec.shard_id, search.suspect
+        if place is None:
+            self._waiting.append(spec)
+        elif search.has_survived or self._num_encoded > self._num_encoded_before[shard_id]:
             del self._searches[shard_id]
             self._poison[shard_id] = self._poison.get(shard_id, frozenset()) | {place}
             self._attempts[shard_id] = 0
             self._progress.say(
                 "poison", f"shard {shard_id}: video {place} (from 0) kills the worker every time, rejected"
             )
-        self._failed_on[shard_id] = task.slot.index
-        self._waiting.append(task.spec)
-
-    def _note_survival(self, task: _Task, num_videos: int) -> None:
-        search = self._searches[task.spec.shard_id]
-        search.num_errors = 0
-        try:
-            search.note_survival(num_videos)
-        except _NotFoundError:
-            self._give_up_search(task.spec, f"the worker process died {self._max_attempts} times")
-            return
-        self._waiting.append(task.spec)
+            self._waiting.append(spec)
+        elif not self._poison.get(shard_id, frozenset()).issuperset(search.next_part()):
+            self._waiting.append(spec)
+        else:
+            self._give_up_search(spec, message)
 
     def _give_up_search(self, spec: ShardSpec, message: str) -> None:
         del self._searches[spec.shard_id]
-        self._leave_undone(spec, f"{message}; no single video of the shard does it")
+        self._leave_undone(spec, f"{message}; it is not certain that a single video of the shard does it")
 
     def _try_again(self, task: _Task, message: str, *, is_death: bool) -> None:
         shard_id = task.spec.shard_id

@@ -30,7 +30,7 @@ from pipeline.errors import (
     StorageUnavailableError,
     UsageError,
 )
-from pipeline.store import Backoff, ObjectInfo, ObjectStore, Pace, checked_key, copy_or_nothing, shown_uri
+from pipeline.store import Backoff, ObjectInfo, ObjectStore, Pace, Steps, checked_key, copy_or_nothing, shown_uri
 
 # An endpoint that never answered this process is more likely a wrong address than an outage: say so soon.
 FIRST_CONTACT_BUDGET_S = 15.0
@@ -228,6 +228,7 @@ class S3Store(ObjectStore):
                 answer = attempt(client)
                 _answered.add(endpoint)
                 _pace.faster()
+                Steps.note()
                 return answer
             except _S3_ERRORS as error:
                 if isinstance(error, botocore.exceptions.ClientError):

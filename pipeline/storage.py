@@ -12,7 +12,6 @@ import glob
 import io
 import os
 import re
-import shutil
 import stat
 import tempfile
 from collections.abc import Iterator
@@ -32,7 +31,7 @@ from pipeline.errors import (
     UsageError,
 )
 from pipeline.s3 import S3Store
-from pipeline.store import LocalStore, ObjectInfo, ObjectStore, sha256_of_file, shown_uri
+from pipeline.store import LocalStore, ObjectInfo, ObjectStore, copy_blocks, sha256_of_file, shown_uri
 from pipeline.web import fetch
 
 __all__ = [
@@ -263,7 +262,7 @@ def open_input_fd(uri: str) -> int:
                 raise StorageNotFoundError(f"{local} is not a regular file")
             return descriptor
         with open_input(uri) as source, _temporary_file(uri) as spool:
-            shutil.copyfileobj(source, spool, _READ_AHEAD_BYTES)
+            copy_blocks(source, spool)
             spool.flush()
             os.lseek(spool.fileno(), 0, os.SEEK_SET)
             return os.dup(spool.fileno())

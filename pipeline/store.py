@@ -10,7 +10,6 @@ import hashlib
 import os
 import random
 import re
-import shutil
 import stat
 import threading
 import time
@@ -20,7 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, ClassVar
+from typing import IO, BinaryIO, ClassVar
 
 from pipeline.errors import ObjectExistsError, StorageError, StorageNotFoundError, UsageError
 
@@ -32,6 +31,7 @@ _LONGEST_PAUSE_S = 20.0
 _SLOWEST_PER_S = 0.1
 _FASTEST_PER_S = 64.0
 _FASTER_PER_S = 0.5
+_BLOCK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,14 +43,24 @@ class ObjectInfo:
     etag: str | None
 
 
-class Backoff:
-    """Pauses between attempts: full jitter, the limit doubling from 0.1 s to 20 s, until a budget is spent.
+class Steps:
+    """Counts what this process gets done below the level of whole videos and files, so that it is not held for hanging.
 
     Attributes:
-        num_pauses_of_process: of all backoffs of this process: who waits for a store is not hanging.
+        num_of_process: blocks read, parts stored, pauses of retries and signs of life of decoders. Threads may lose
+            some of them to each other; what matters is that the number grows.
     """
 
-    num_pauses_of_process: ClassVar[int] = 0
+    num_of_process: ClassVar[int] = 0
+
+    @classmethod
+    def note(cls) -> None:
+        """Counts one."""
+        cls.num_of_process += 1
+
+
+class Backoff:
+    """Pauses between attempts: full jitter, the limit doubling from 0.1 s to 20 s, until a budget is spent."""
 
     def __init__(self) -> None:
         self.num_pauses = 0
@@ -64,7 +74,7 @@ class Backoff:
         if time.monotonic() - self._started + pause_s > (RETRY_BUDGET_S if budget_s is None else budget_s):
             return False
         self.num_pauses += 1
-        Backoff.num_pauses_of_process += 1
+        Steps.note()
         time.sleep(pause_s)
         return True
 
@@ -236,9 +246,10 @@ class LocalStore(ObjectStore):
         def copy(target: BinaryIO) -> None:
             digest = hashlib.sha256()
             with path.open("rb") as source:
-                while block := source.read(1 << 20):
+                while block := source.read(_BLOCK_BYTES):
                     digest.update(block)
                     target.write(block)
+                    Steps.note()
             if digest.hexdigest() != sha256:
                 raise StorageError(
                     f"{path} changed while it was stored as {self.url(key)}: its SHA-256 is not {sha256}"
@@ -344,10 +355,17 @@ def _sync_folder(path: str) -> None:
         os.close(descriptor)
 
 
+def copy_blocks(source: BinaryIO, target: IO[bytes]) -> None:
+    """Copies to the end, each block a step."""
+    while block := source.read(_BLOCK_BYTES):
+        target.write(block)
+        Steps.note()
+
+
 def copy_or_nothing(source: BinaryIO, path: Path) -> None:
     try:
         with path.open("wb") as target:
-            shutil.copyfileobj(source, target, 1 << 20)
+            copy_blocks(source, target)
     except BaseException:
         path.unlink(missing_ok=True)
         raise

@@ -57,6 +57,21 @@ class SlowToReturn(EncodeActor):
         return super().process(spec, manifest, poison)
 
 
+class FirstNeverReturns(EncodeActor):
+    """Actor 0 dies once in the middle of a shard and cannot start again, as on a node that lost its GPU."""
+
+    def start(self) -> WorkerFacts:
+        if Path(self._config.run.output, "died").exists() and self._name == "0":
+            raise RuntimeError("CUDA error: no device is left")
+        return super().start()
+
+    def process(self, spec: ShardSpec, manifest: DatasetManifest, poison: frozenset[int] = frozenset()) -> ShardReport:
+        if self._name == "0":
+            Path(self._config.run.output, "died").touch()
+            os._exit(9)
+        return super().process(spec, manifest, poison)
+
+
 class FreezesOrHangs(EncodeActor):
     """With its first shard actor 0 freezes as a whole; actor 1 hangs, and still answers."""
 
@@ -93,7 +108,7 @@ class Poisoned(EncodeActor):
 
 
 if __name__ == "__main__":
-    classes = (NeverBuilt, FirstFailsAlways, SlowToReturn, FreezesOrHangs, Poisoned)
+    classes = (NeverBuilt, FirstFailsAlways, SlowToReturn, FirstNeverReturns, FreezesOrHangs, Poisoned)
     faults = {cls.__name__: cls for cls in classes}
     pipeline.run.EncodeActor = faults[sys.argv[1]]
     sys.exit(main(sys.argv[2:]))

@@ -47,6 +47,28 @@ def test_no_attempt_is_spent_on_an_actor_that_is_coming_back(flags: list[str], r
     assert outcome.result["num_records"] == len(CLIP_VIDEOS)
 
 
+def test_an_actor_that_cannot_start_again_does_not_end_what_others_do_well(
+    flags: list[str], ray_home: Mapping[str, str]
+) -> None:
+    with RunningJob([*flags, "--num-actors", "2"], ray_home, script=[str(SCRIPT), "FirstNeverReturns"]) as job:
+        outcome = job.end()
+    assert outcome.code == 0, outcome.said
+    assert outcome.result["num_records"] == len(CLIP_VIDEOS)
+    assert "no device is left; going on without it" in outcome.said
+
+
+def test_a_run_whose_last_actor_cannot_start_again_ends_undone_with_its_accounts(
+    flags: list[str], ray_home: Mapping[str, str]
+) -> None:
+    with RunningJob([*flags, "--num-actors", "1"], ray_home, script=[str(SCRIPT), "FirstNeverReturns"]) as job:
+        outcome = job.end()
+    assert outcome.code == 4, outcome.said
+    assert "no device is left" in outcome.said
+    assert "Traceback" not in outcome.said
+    assert (outcome.result["num_shards"], outcome.result["num_shards_undone"]) == (NUM_SHARDS, NUM_SHARDS)
+    assert all("No encoder is left" in why for why in outcome.result["undone"].values())
+
+
 def test_a_frozen_and_a_hanging_actor_are_replaced_and_their_shards_done(
     flags: list[str], ray_home: Mapping[str, str]
 ) -> None:

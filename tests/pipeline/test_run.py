@@ -6,6 +6,7 @@ Whole runs on real Ray are in tests/integration. The nodes of other machines are
 from __future__ import annotations
 
 import io
+import re
 import time
 from dataclasses import replace
 from typing import Any
@@ -14,12 +15,23 @@ import pytest
 
 import pipeline.run as run
 from pipeline.config import parse_arguments
-from pipeline.errors import LatentmillError, StorageError
+from pipeline.errors import StorageError
 from pipeline.metrics import RunMetrics
 from pipeline.progress import Progress
 from pipeline.records import Redo, ShardSpec
 from pipeline.redo import Retries
-from pipeline.run import _Again, _Dispatch, _Interrupt, _Ledger, _NotFoundError, _Pool, _Search, _Slot, _Task
+from pipeline.run import (
+    _Again,
+    _Dispatch,
+    _HopelessError,
+    _Interrupt,
+    _Ledger,
+    _NotFoundError,
+    _Pool,
+    _Search,
+    _Slot,
+    _Task,
+)
 
 FLAGS = ["--input", "in", "--output", "out", "--model", "small"]
 
@@ -27,14 +39,14 @@ FLAGS = ["--input", "in", "--output", "out", "--model", "small"]
 @pytest.mark.parametrize("num_videos", [1, 2, 3, 7, 64, 1000])
 def test_the_search_finds_the_one_video_that_kills_wherever_it_is(num_videos: int) -> None:
     for poison in {0, 1, num_videos // 2, num_videos - 1} & set(range(num_videos)):
-        search, num_deaths, found = _Search(), 0, None
-        while found is None:
+        search, num_deaths = _Search(), 0
+        while search.suspect is None:
             if poison in search.next_part():
                 num_deaths += 1
-                found = search.note_death()
+                search.note_death()
             else:
                 search.note_survival(num_videos)
-        assert found == poison
+        assert search.suspect == poison
         assert num_deaths <= num_videos.bit_length() + 2
 
 
@@ -43,7 +55,8 @@ def test_deaths_of_other_causes_make_no_video_a_poison(deaths: set[int]) -> None
     search = _Search()
 
     def go_on(step: int) -> int | None:
-        return search.note_death() if step in deaths else search.note_survival(16)
+        search.note_death() if step in deaths else search.note_survival(16)
+        return search.suspect
 
     with pytest.raises(_NotFoundError):
         assert not any(go_on(step) is not None for step in range(100))
@@ -107,7 +120,81 @@ def test_a_shard_that_kills_and_has_no_single_video_that_does_is_left_undone() -
             dispatch._note_death(task, "it died")
         else:
             dispatch._note_survival(task, 8)
-    assert "no single video of the shard does it" in dispatch._ledger.undone["s0"]
+    assert "not certain that a single video of the shard does it" in dispatch._ledger.undone["s0"]
+
+
+@pytest.mark.parametrize("num_videos", [1, 2, 9])
+@pytest.mark.parametrize("others_work", [False, True])
+def test_where_every_video_kills_none_is_poison_unless_workers_encode_other_shards(
+    num_videos: int, others_work: bool
+) -> None:
+    dispatch, slot = _dispatch(1, io.StringIO()), _Slot(0, None)
+    while dispatch._ledger.num_left and not dispatch._poison:
+        task = _hand_out(dispatch, slot)
+        if task.part == range(0):
+            dispatch._note_survival(task, num_videos)
+        else:
+            dispatch._note_death(task, "the driver crashed")
+        dispatch._num_encoded = int(others_work)
+    assert dispatch._poison == ({"s0": {0}} if others_work else {})
+    assert ("s0" in dispatch._ledger.undone) != others_work
+
+
+@pytest.mark.parametrize("rest_kills", [False, True])
+def test_the_first_video_is_poison_only_when_the_rest_of_its_shard_survives(rest_kills: bool) -> None:
+    dispatch, slot = _dispatch(1, io.StringIO()), _Slot(0, None)
+    parts = []
+    while dispatch._ledger.num_left and not dispatch._poison:
+        task = _hand_out(dispatch, slot)
+        parts.append(task.part)
+        if task.part is None or 0 in task.part or (rest_kills and task.part):
+            dispatch._note_death(task, "it died")
+        else:
+            dispatch._note_survival(task, 8)
+    assert parts[-1] == range(1, 8)
+    assert dispatch._poison == ({} if rest_kills else {"s0": {0}})
+
+
+def test_videos_that_are_poison_already_do_not_speak_for_a_worker() -> None:
+    search = _Search()
+    search.note_survival(2)
+    search.note_survival(2, frozenset({0}))
+    assert not search.has_survived
+    search.note_death()
+    search.note_death()
+    assert (search.suspect, list(search.next_part())) == (1, [])
+
+
+def test_a_shard_that_only_ever_hangs_is_left_undone_and_no_video_of_it_is_poison() -> None:
+    said = io.StringIO()
+    dispatch, slot = _dispatch(1, said), _Slot(0, None)
+    dispatch._pool = _pool(10, 30)
+    num_hangs = 0
+    while dispatch._ledger.num_left:
+        task = _hand_out(dispatch, slot)
+        slot.held.add("s0")
+        dispatch._running[object()] = task
+        dispatch._end_hanging(slot, "made no step for 31 s")
+        num_hangs += 1
+    assert (num_hangs, dispatch._searches, dispatch._poison) == (3, {}, {})
+    assert dispatch._suspects == {"s0"}
+    assert "made no step for 31 s and was killed" in dispatch._ledger.undone["s0"]
+
+
+def test_a_deadline_in_a_search_is_no_death() -> None:
+    dispatch, slot = _dispatch(1, io.StringIO()), _Slot(0, None)
+    dispatch._pool, dispatch._num_encoded = _pool(10, 30), 0
+    while dispatch._ledger.num_left:
+        task = _hand_out(dispatch, slot)
+        if task.part is None:
+            dispatch._note_death(task, "it died")
+        elif task.part:
+            dispatch._running[object()] = task
+            dispatch._end_hanging(slot, "made no step for 31 s")
+        else:
+            dispatch._note_survival(task, 8)
+    assert not dispatch._poison
+    assert "made no step for 31 s" in dispatch._ledger.undone["s0"]
 
 
 def test_a_retry_of_rejections_that_kills_its_worker_is_not_searched_and_changes_nothing() -> None:
@@ -122,18 +209,54 @@ def test_a_retry_of_rejections_that_kills_its_worker_is_not_searched_and_changes
 
 def test_a_run_in_which_nothing_succeeds_any_more_stops_with_the_last_error() -> None:
     dispatch, slot = _dispatch(100, io.StringIO()), _Slot(0, None)
-    for _ in range(11):
+    dispatch._pool = _pool(10, 30)
+    for _ in range(12):
+        assert dispatch._why_hopeless() is None
         dispatch._note_error(_hand_out(dispatch, slot), "no space left")
-    task = _hand_out(dispatch, slot)
-    with pytest.raises(LatentmillError, match=r"12 attempts in a row failed.*the same command goes on.*no space left"):
-        dispatch._note_error(task, "no space left")
-    assert dispatch._ledger.num_left > 90
+    why = str(dispatch._why_hopeless())
+    assert re.match(r"12 shards in a row failed.*the same command goes on.*no space left", why)
+    dispatch._running[object()] = _hand_out(dispatch, slot)
+    dispatch._take_back = lambda _: dispatch._running.clear()  # type: ignore[method-assign]
+    with pytest.raises(_HopelessError, match="12 shards"):
+        dispatch._work()
+    assert not dispatch._running, "what was running was not waited for"
+    dispatch._ledger.give_up(why)
+    assert (dispatch._ledger.num_left, len(dispatch._ledger.undone)) == (0, 100)
+
+
+def test_attempts_at_the_same_few_shards_and_bad_shards_side_by_side_end_no_run() -> None:
+    dispatch, slot = _dispatch(100, io.StringIO()), _Slot(0, None)
+    dispatch._pool = _pool(10, 30)
+    for _ in range(3):
+        for number in range(5):
+            dispatch._note_error(_Task(_spec(number), slot, None), "damaged")
+    assert dispatch._why_hopeless() is None
+    dispatch._note_error(_Task(_spec(5), slot, None), "damaged")
+    assert int(dispatch._waiting[0].shard_id[1:]) > 40, "the next shard stands beside the bad ones"
+
+
+def test_a_run_in_which_every_attempt_kills_its_worker_stops() -> None:
+    dispatch, slot = _dispatch(100, io.StringIO()), _Slot(0, None)
+    dispatch._pool = _pool(10, 30)
+    num_deaths = 0
+    while dispatch._why_hopeless() is None:
+        task = _hand_out(dispatch, slot)
+        if task.part == range(0):
+            dispatch._note_survival(task, 64)
+        else:
+            dispatch._note_death(task, "out of memory")
+            num_deaths += 1
+    assert num_deaths == 30
+    assert not dispatch._poison
+    assert "killed their worker" in str(dispatch._why_hopeless())
 
 
 def _pool(silence_s: float, stall_s: float) -> _Pool:
     pool = object.__new__(_Pool)  # without actors: only the judgement is looked at
     flags = ["--silence-timeout-s", str(silence_s), "--stall-timeout-s", str(stall_s)]
+    pool._looked_s, pool.slots = time.monotonic(), []
     pool._run, pool._awake_s = parse_arguments([*FLAGS, *flags]).run, 100.0
+    pool.end_hanging = lambda slot: None  # type: ignore[method-assign]
     return pool
 
 
