@@ -5,12 +5,17 @@ Whole shards through real actors are in tests/integration.
 
 from __future__ import annotations
 
+import io
+import json
 import os
+import select
+import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,10 +26,14 @@ import pipeline.actors as actors
 from pipeline.actors import EncodeActor, _Account, _DecodeAhead, _Turns
 from pipeline.commit import fingerprint_of, open_dataset
 from pipeline.config import JobConfig, parse_arguments
+from pipeline.decode import _Child
 from pipeline.errors import UsageError
 from pipeline.plan import plan_shards
 from pipeline.records import ClipFailure, DatasetManifest
 from pipeline.storage import open_store
+from pipeline.store import Steps, copy_blocks, sha256_of_file
+
+REQUIRED = ["--input", "in", "--output", "out", "--model", "small"]
 
 
 def _failure(key: str, clip_index: int | None, reason: str = "timeout") -> ClipFailure:
@@ -105,6 +114,31 @@ def test_rooms_of_dead_processes_are_removed_and_everything_else_is_kept(
     first.close()
     second.close()
     assert {path.name for path in tmp_path.iterdir()} == kept
+
+
+def test_every_block_that_is_copied_or_stored_is_a_step(tmp_path: Path) -> None:
+    before, data = Steps.num_of_process, bytes(3 << 20)
+    copy_blocks(io.BytesIO(data), io.BytesIO())
+    assert Steps.num_of_process == before + 3
+    path = tmp_path / "file"
+    path.write_bytes(data)
+    open_store(str(tmp_path / "out")).put_file("file", path, sha256_of_file(path))
+    assert Steps.num_of_process == before + 6
+
+
+def test_signs_of_life_of_a_decode_child_are_steps_for_as_long_as_a_file_may_compute() -> None:
+    for max_decode_cpu_s, num_steps in ((3600.0, 5), (0.0, 0)):
+        child = object.__new__(_Child)  # without a process: only the conversation is looked at
+        child._limits = replace(parse_arguments(REQUIRED).decode, max_decode_cpu_s=max_decode_cpu_s)
+        child._connection, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with child._connection, theirs:
+            child._poll = select.poll()
+            child._poll.register(child._connection, select.POLLIN)
+            for kind in ["alive"] * 5 + ["opened"]:
+                theirs.send(json.dumps({"type": kind}).encode())
+            before = Steps.num_of_process
+            assert child.ask({"op": "open"}, 10)["type"] == "opened"
+            assert Steps.num_of_process == before + num_steps
 
 
 @pytest.fixture

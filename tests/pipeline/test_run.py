@@ -12,10 +12,11 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from ray.exceptions import ActorUnavailableError, RayActorError, RayTaskError
 
 import pipeline.run as run
 from pipeline.config import parse_arguments
-from pipeline.errors import StorageError
+from pipeline.errors import StorageError, UsageError
 from pipeline.metrics import RunMetrics
 from pipeline.progress import Progress
 from pipeline.records import Redo, ShardSpec
@@ -276,6 +277,67 @@ def test_an_actor_hangs_when_it_is_silent_or_holds_shards_and_makes_no_step(
 ) -> None:
     found = _pool(10, 30)._why_hanging(_Slot(0, None, **slot))
     assert found is None if why is None else why in str(found)
+
+
+class _Actor:
+    """Stands for an actor that can neither be reached nor started: only what the driver makes of it is looked at."""
+
+    def __init__(self) -> None:
+        self.start = self
+        self.num_kills = 0
+
+    def remote(self) -> object:
+        return object()
+
+
+def _failing_pool(monkeypatch: pytest.MonkeyPatch, error: Exception) -> _Pool:
+    def fail(_: object) -> None:
+        raise error
+
+    def kill(actor: _Actor, *, no_restart: bool = True) -> None:
+        actor.num_kills += 1
+
+    monkeypatch.setattr(run.ray, "get", fail)
+    monkeypatch.setattr(run.ray, "kill", kill)
+    pool = _pool(10, 30)
+    pool._progress, pool._has_been_ready = Progress("plain", io.StringIO()), False
+    pool.slots, pool.starting = [_Slot(0, _Actor()), _Slot(1, _Actor(), is_ready=True)], {}
+    pool._start(pool.slots[0])
+    return pool
+
+
+def test_the_first_start_of_a_run_ends_it_with_its_own_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = _failing_pool(monkeypatch, RayTaskError("start", "", UsageError("no such model")))
+    with pytest.raises(UsageError, match="no such model"):
+        pool.admit(next(iter(pool.starting)))
+
+
+def test_a_failed_start_in_a_run_that_works_costs_that_actor_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = _failing_pool(monkeypatch, RayTaskError("start", "", RuntimeError("no device is left")))
+    pool._has_been_ready = True
+    broken, healthy = pool.slots
+    for _ in range(3):
+        assert broken in pool.slots
+        assert pool.admit(next(iter(pool.starting))) is None
+    assert (pool.slots, pool.starting) == ([healthy], {})
+    assert broken.handle.num_kills == 3
+    pool._start(healthy)
+    for _ in range(2):
+        pool.admit(next(iter(pool.starting)))
+    with pytest.raises(_HopelessError, match=r"no device is left.*No encoder is left"):
+        pool.admit(next(iter(pool.starting)))
+
+
+@pytest.mark.parametrize(("error", "num_kills"), [(ActorUnavailableError("gone", None), 1), (RayActorError(), 0)])
+def test_an_actor_that_is_only_out_of_reach_is_ended_before_its_shards_go_elsewhere(
+    error: RayActorError, num_kills: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dispatch, reference = _dispatch(1, io.StringIO()), object()
+    dispatch._pool = _failing_pool(monkeypatch, error)
+    slot = dispatch._pool.slots[1]
+    dispatch._running[reference] = _hand_out(dispatch, slot)
+    dispatch._take(reference)
+    assert (slot.is_ready, slot.handle.num_kills) == (False, num_kills)
 
 
 def test_a_driver_that_was_frozen_itself_blames_no_actor() -> None:
