@@ -20,8 +20,9 @@ _TS_STRIDES = ((188, 0), (192, 4), (204, 0))
 _TS_SYNC = 0x47
 _TS_PACKETS_PER_READ = 1 << 15
 _NULL_PACKET = 0x1FFF
-_AVI_VIDEO_CHUNK = re.compile(rb"\d\d(?:dc|db)")
-_AVI_OTHER_CHUNK = re.compile(rb"\d\d(?:wb|tx|pc|sb|iv)|ix\d\d|JUNK|LIST|idx1|rec ")
+_AVI_MEDIA_CHUNK = re.compile(rb"\d\d(?:dc|db|wb|tx|pc|sb|iv)|ix\d\d|JUNK|LIST|idx1|rec ")
+_AVI_NAME = re.compile(rb"[ -~]{4}")
+_ZEROS_PER_READ_BYTES = 1 << 20
 
 
 def transport_stream_problem(media_fd: int) -> str | None:
@@ -75,21 +76,43 @@ def _lost_packets(headers: np.ndarray, last_counters: dict[int, int]) -> str | N
     return None
 
 
-def avi_packets_before_damage(media_fd: int) -> int | None:
-    """How many video chunks of an AVI stand one behind the other before the first piece that is none; None for all.
+def avi_packets_before_damage(media_fd: int, stream_index: int) -> int | None:
+    """How many chunks of the video stream stand one behind the other before the first piece that is none; None for all.
 
-    A file that ends early is no damage of this kind: its header tells how much is missing.
+    Beside the lists of the media, any chunk that could be one is passed over: writers add their own, as the format
+    lets them. A file that ends early, or in zeros, is no damage of this kind: its header tells how much is missing.
     """
     num_bytes = os.fstat(media_fd).st_size
-    place, num_video = 0, 0
+    video_chunks = re.compile(rb"%02d(?:dc|db)" % stream_index)
+    place, movi_end, num_video = 0, 0, 0
     while place + 12 <= num_bytes:
         name, size, kind = struct.unpack("<4sI4s", os.pread(media_fd, 12, place))
+        end = place + 8 + size
+        in_movi = place < movi_end
         if name == b"RIFF" or (name == b"LIST" and kind in (b"movi", b"rec ")):
+            if kind == b"movi":
+                # Its length is written last, and is wrong where the writer did not get there.
+                movi_end = end if size > 4 and end <= num_bytes else num_bytes
             place += 12  # go in
             continue
-        is_video = _AVI_VIDEO_CHUNK.fullmatch(name) is not None
-        if not is_video and not _AVI_OTHER_CHUNK.fullmatch(name):
-            return num_video if num_video or place > 12 else None
-        num_video += is_video and size > 0 and place + 8 + size <= num_bytes
-        place += 8 + size + size % 2
+        if name == bytes(4) and _is_zero(media_fd, place, num_bytes):
+            return None
+        if name == bytes(4) and in_movi and _is_zero(media_fd, place, movi_end):
+            place = movi_end
+            continue
+        if in_movi:
+            is_chunk = _AVI_MEDIA_CHUNK.fullmatch(name) is not None and (end <= movi_end or movi_end == num_bytes)
+        else:
+            is_chunk = _AVI_NAME.fullmatch(name) is not None and (end <= num_bytes or movi_end > 0)
+        if not is_chunk:
+            return num_video
+        num_video += size > 0 and end <= num_bytes and video_chunks.fullmatch(name) is not None
+        place = end + size % 2
     return None
+
+
+def _is_zero(media_fd: int, start: int, stop: int) -> bool:
+    return all(
+        not any(os.pread(media_fd, min(_ZEROS_PER_READ_BYTES, stop - place), place))
+        for place in range(start, stop, _ZEROS_PER_READ_BYTES)
+    )

@@ -61,6 +61,9 @@ _READ_BYTES = 1 << 18
 # Frames that decord takes in one call; the child gives no sign of life in it.
 _DECORD_FRAMES_PER_CALL = 8
 _DECORD_SKIPS_PER_CALL = 64
+# Packets in a row that the decoder may refuse before the first picture: more than a healthy stream, cut anywhere, has
+# up to its next key frame.
+_MOST_FAILURES = 300
 
 
 # --- looking at a video ---------------------------------------------------------------------------------------------
@@ -227,6 +230,7 @@ class _Packets:
             follow something that is lost.
         damage: what it complained of.
         unproven_end: the last time of a frame behind the damage.
+        num_failures: packets one behind the other that the decoder refused before the first picture.
     """
 
     pts: list[int] = field(default_factory=list)
@@ -239,6 +243,7 @@ class _Packets:
     damage: str = ""
     unproven_end: int | None = None
     picture: VideoFrame | None = None
+    num_failures: int = 0
     picture_error: str = "nothing came out of the decoder"
 
     def note_damage(self, what: str) -> None:
@@ -273,7 +278,11 @@ def _read_packets(
     with av.logging.Capture() as complaints:
         for packet in _packets(container, stream):
             sign_of_life()
-            _note_damage(container, complaints, found, num_whole)
+            _take_complaints(container, complaints, found)
+            # What lies behind the last frame that was promised is no frame.
+            is_whole = packet is None and 0 < stream.frames <= found.num_seen
+            if num_whole is not None and found.num_seen >= num_whole and not is_whole:
+                found.note_damage("something else follows where a piece of the video should be")
             if packet is None:
                 _try_picture(stream, None, found)
                 break
@@ -297,7 +306,7 @@ def _read_packets(
                 last_pts, found.last_duration = pts, packet.duration or 0
             found.pts.append(pts)
             found.is_key.append(packet.is_keyframe)
-    found.ended_early = any(_says_end(text) for _, _, text in complaints)
+        _take_complaints(container, complaints, found)
     if found.lost_pts is not None and found.pts and found.pts[-1] == found.lost_pts:
         found.ended_early = True
         found.pts.pop()
@@ -313,20 +322,17 @@ def _says_end(text: str) -> bool:
     return "prematurely" in text or "partial file" in text
 
 
-def _note_damage(
-    container: InputContainer, complaints: list[tuple[int, str, str]], found: _Packets, num_whole: int | None
-) -> None:
+def _take_complaints(container: InputContainer, complaints: list[tuple[int, str, str]], found: _Packets) -> None:
+    """Looks at each complaint once: a file can cause as many as it has packets."""
     import av.logging
 
-    if found.num_proven is not None:
-        return
     for level, name, text in complaints:
+        if _says_end(text):
+            found.ended_early = True
         # Decoders complain as well, of the first picture, and of what healthy streams begin with.
-        if level <= av.logging.ERROR and name == container.format.name and not _says_end(text):
+        elif level <= av.logging.ERROR and name == container.format.name:
             found.note_damage(text.strip())
-            return
-    if num_whole is not None and found.num_seen >= num_whole:
-        found.note_damage("something else follows where a piece of the video should be")
+    complaints.clear()
 
 
 def _packets(container: InputContainer, stream: VideoStream) -> Iterator[Packet[VideoStream] | None]:
@@ -360,14 +366,16 @@ def _try_picture(stream: VideoStream, packet: Packet[VideoStream] | None, found:
     """Decodes until there is a first picture, leniently: it tells size, format and turn, and goes into no clip."""
     import av
 
-    if found.picture is not None:
+    if found.picture is not None or found.num_failures >= _MOST_FAILURES:
         return
     try:
         for frame in stream.codec_context.decode(packet):
             found.picture = found.picture or frame
+        found.num_failures = 0
     except MemoryError:
         raise
     except (av.error.FFmpegError, ValueError) as error:
+        found.num_failures += 1
         found.picture_error = _av_error_text(error)
 
 
@@ -399,7 +407,7 @@ def scan_video(media_fd: int, limits: DecodeLimits, sign_of_life: Callable[[], N
             # Nothing in it tells how many frames there should be.
             raise RejectionError("frames_missing", f"the transport stream is not whole: {problem}")
         if container.format.name == "avi":
-            num_whole = avi_packets_before_damage(media_fd)
+            num_whole = avi_packets_before_damage(media_fd, stream.index)
         packets = _read_packets(container, stream, limits, sign_of_life, num_whole)
         if not packets.pts and packets.damage:
             raise RejectionError("frames_missing", f"the file is damaged before its second key frame: {packets.damage}")
@@ -407,7 +415,9 @@ def scan_video(media_fd: int, limits: DecodeLimits, sign_of_life: Callable[[], N
             raise RejectionError("frames_missing", f"of {stream.frames or 'the'} promised frames none is in the file")
         frame = packets.picture
         if frame is None:
-            raise RejectionError("decode_error", f"not one of {len(packets.pts)} frames: {packets.picture_error}")
+            raise RejectionError(
+                "decode_error", f"no first picture comes out of {len(packets.pts)} frames: {packets.picture_error}"
+            )
         _check_picture(frame.width, frame.height, limits)
         if frame.format.name not in PIXEL_FORMATS:
             raise RejectionError(

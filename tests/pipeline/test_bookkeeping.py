@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import struct
 
 import numpy as np
 import pytest
@@ -28,7 +29,7 @@ def stream_problem(data: bytes) -> str | None:
 def whole_chunks(data: bytes) -> int | None:
     descriptor = opened(data)
     try:
-        return avi_packets_before_damage(descriptor)
+        return avi_packets_before_damage(descriptor, 0)
     finally:
         os.close(descriptor)
 
@@ -89,3 +90,33 @@ def test_the_chunks_before_a_damage_in_an_avi_are_counted(avi: bytes) -> None:
     assert whole_chunks(avi[: frames[20]] + b"\0\0\0\0" + avi[frames[20] + 4 :]) == 20
     assert whole_chunks(avi[: frames[20] + 6] + b"\xff" + avi[frames[20] + 7 :]) in (None, 20)
     assert whole_chunks(avi[: frames[20] + 100] + avi[frames[21] + 50 :]) == 21
+
+
+def chunk(name: bytes, data: bytes) -> bytes:
+    return struct.pack("<4sI", name, len(data)) + data + bytes(len(data) % 2)
+
+
+def test_chunks_of_an_avi_that_nobody_knows_are_no_damage_outside_the_media(avi: bytes) -> None:
+    media = avi.index(b"movi") - 8
+    for behind in (bytes(5000), chunk(b"_PMX", b"<xml>"), chunk(b"DISP", bytes(40)), chunk(b"JUNQ", b"Q" * 99)):
+        assert whole_chunks(avi + behind) is None
+        assert whole_chunks(avi + behind + bytes(600)) is None
+    assert whole_chunks(avi[:media] + chunk(b"IDIT", b"MON NOV 23 2026") + avi[media:]) is None
+
+
+def test_zeros_between_the_last_frame_and_the_end_of_the_media_are_no_damage(avi: bytes) -> None:
+    media, index = avi.index(b"movi") - 8, avi.index(b"idx1")
+    (num_bytes,) = struct.unpack_from("<I", avi, media + 4)
+    padded = avi[: media + 4] + struct.pack("<I", num_bytes + 4096) + avi[media + 8 : index] + bytes(4096) + avi[index:]
+    assert whole_chunks(padded) is None
+    assert whole_chunks(avi[:index] + bytes(4096)) is None
+
+
+def test_what_no_avi_has_among_its_media_is_damage(avi: bytes) -> None:
+    first_frame = avi.index(b"movi") + 4
+    (num_bytes,) = struct.unpack_from("<I", avi, first_frame + 4)
+    second = first_frame + 8 + num_bytes + num_bytes % 2
+    for name in (b"JUNQ", b"DISP", bytes(4), b"\xff\xfe\xfd\xfc"):
+        assert whole_chunks(avi[:second] + name + avi[second + 4 :]) == 1
+    into_the_index = struct.pack("<I", avi.index(b"idx1") + 8 - second - 8)
+    assert whole_chunks(avi[: second + 4] + into_the_index + avi[second + 8 :]) == 1

@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 import signal
+import struct
 import subprocess
 import sys
 import threading
@@ -251,6 +252,21 @@ def test_a_title_in_any_alphabet_is_no_fault_of_a_video(suffix: str, title: byte
     named = whole.replace(stand_in, title)
     assert named != whole
     assert digests(list(pool.decode([video(named)]))) == digests(list(pool.decode([video(whole)])))
+
+
+def test_what_writers_add_to_an_avi_changes_no_clip(pool: DecodePool) -> None:
+    whole = moving_pattern("160x120", "25", 3, "-c:v", "mpeg4", "-g", "50", "-q:v", "3", suffix=".avi")
+    media = whole.index(b"movi") - 8
+    made = [
+        whole,
+        whole + bytes(3000),
+        whole + b"_PMX" + struct.pack("<I", 10) + b"<metadata>",
+        whole + b"no chunk at all, and more than once: " * 9,
+        whole[:media] + b"IDIT" + struct.pack("<I", 26) + b"MON NOV 23 04:00:00 2026\n\0" + whole[media:],
+    ]
+    results = [digests(list(pool.decode([video(content)]))) for content in made]
+    assert len(results[0]) == 2
+    assert all(result == results[0] for result in results)
 
 
 def test_a_trimmed_mp4_begins_where_its_edit_list_says(pool: DecodePool, tmp_path: Path) -> None:
