@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.bookkeeping import avi_packets_before_damage, transport_stream_problem
+from pipeline.bookkeeping import avi_packets_before_damage, check_transport_stream
 from pipeline.config import DecodeLimits
 from pipeline.cutting import Cover, Timeline
 from pipeline.errors import RejectionError
@@ -261,6 +261,13 @@ class _Packets:
         self.unproven_end = max(lost, default=None)
         self.pts, self.is_key = self.pts[:num_kept], self.is_key[:num_kept]
 
+    def drop_from(self, dts: int) -> None:
+        """Keeps the frames that are shown before `dts`: what follows a packet is never shown before its decoding."""
+        kept = [place for place, pts in enumerate(self.pts) if pts < dts]
+        self.ended_early = True
+        self.unproven_end = max([*self.pts, *([] if self.unproven_end is None else [self.unproven_end])], default=None)
+        self.pts, self.is_key = [self.pts[place] for place in kept], [self.is_key[place] for place in kept]
+
 
 def _read_packets(
     container: InputContainer,
@@ -268,12 +275,21 @@ def _read_packets(
     limits: DecodeLimits,
     sign_of_life: Callable[[], None],
     num_whole: int | None,
+    is_cut: bool,
 ) -> _Packets:
+    """Reads to the end.
+
+    Args:
+        num_whole: packets before damage that the demuxer does not see.
+        is_cut: the last packet may not be whole, and the demuxer does not see it.
+    """
     import av.logging
 
     _prepare(stream, {}, limits)
     found = _Packets()
-    has_key, last_pts = False, None
+    has_key, last_pts, last_time, last_dts = False, None, None, None
+    # In transport streams the demuxer doubts every packet before a jump of a counter, also where jumps are allowed.
+    can_doubt = container.format.name != "mpegts"
     places: list[tuple[int, int]] = []
     with av.logging.Capture() as complaints:
         for packet in _packets(container, stream):
@@ -293,7 +309,8 @@ def _read_packets(
                 raise RejectionError("unreadable", f"packet {found.num_seen} of the video carries no time")
             if found.lost_pts is not None:
                 found.note_damage("a packet in the middle is damaged")
-            found.lost_pts = pts if packet.is_corrupt else None
+            found.lost_pts = pts if packet.is_corrupt and can_doubt else None
+            last_time, last_dts = pts, pts if packet.dts is None else packet.dts
             places.append((packet.pos or 0, packet.size))
             has_key |= packet.is_keyframe
             if not has_key:
@@ -315,6 +332,9 @@ def _read_packets(
     if container.format.name.startswith("mov") and any(a + n > b for (a, n), (b, _) in itertools.pairwise(places)):
         raise RejectionError("decode_error", "the index of the file gives the same bytes to several frames")
     found.drop_what_is_not_proven()
+    if is_cut and last_dts is not None:
+        found.lost_pts = last_time
+        found.drop_from(last_dts)
     return found
 
 
@@ -402,13 +422,16 @@ def scan_video(media_fd: int, limits: DecodeLimits, sign_of_life: Callable[[], N
     """
     with _open_container(media_fd, limits) as container:
         stream, num_video_streams = _choose_stream(container, limits)
-        num_whole = None
-        if container.format.name == "mpegts" and (problem := transport_stream_problem(media_fd)) is not None:
-            # Nothing in it tells how many frames there should be.
-            raise RejectionError("frames_missing", f"the transport stream is not whole: {problem}")
+        num_whole, is_cut = None, False
+        if container.format.name == "mpegts":
+            check = check_transport_stream(media_fd, stream.id)
+            if check.problem is not None:
+                # Nothing in it tells how many frames there should be.
+                raise RejectionError("frames_missing", f"the transport stream is not whole: {check.problem}")
+            is_cut = check.ends_inside_packet
         if container.format.name == "avi":
             num_whole = avi_packets_before_damage(media_fd, stream.index)
-        packets = _read_packets(container, stream, limits, sign_of_life, num_whole)
+        packets = _read_packets(container, stream, limits, sign_of_life, num_whole, is_cut)
         if not packets.pts and packets.damage:
             raise RejectionError("frames_missing", f"the file is damaged before its second key frame: {packets.damage}")
         if not packets.pts:
@@ -637,7 +660,7 @@ class _StrictReader:
             if packet is not None:
                 has_key |= packet.is_keyframe
                 time = _time_of(packet)
-                is_lost = packet.is_corrupt and time == self._scan.lost_pts
+                is_lost = time is not None and time == self._scan.lost_pts
                 is_cut_off = time is not None and time < pts[0] and not packet.is_discard
                 if is_lost or is_cut_off or not has_key:
                     continue

@@ -9,7 +9,10 @@ import numpy as np
 import pytest
 from media import ffmpeg, moving_pattern
 
-from pipeline.bookkeeping import avi_packets_before_damage, transport_stream_problem
+from pipeline.bookkeeping import TransportCheck, avi_packets_before_damage, check_transport_stream
+
+# The video's packet identifier in what ffmpeg writes; 257 is the sound.
+VIDEO = 256
 
 
 def opened(data: bytes) -> int:
@@ -18,12 +21,16 @@ def opened(data: bytes) -> int:
     return descriptor
 
 
-def stream_problem(data: bytes) -> str | None:
+def checked(data: bytes, stream: int = VIDEO) -> TransportCheck:
     descriptor = opened(data)
     try:
-        return transport_stream_problem(descriptor)
+        return check_transport_stream(descriptor, stream)
     finally:
         os.close(descriptor)
+
+
+def stream_problem(data: bytes) -> str | None:
+    return checked(data).problem
 
 
 def whole_chunks(data: bytes) -> int | None:
@@ -55,6 +62,15 @@ def test_whole_transport_streams_pass_in_each_of_their_forms(stream: bytes) -> N
     assert stream_problem(ffmpeg("-f", "lavfi", "-i", "testsrc=size=160x120:duration=2", *sound, suffix=".ts")) is None
 
 
+def video_places(stream: bytes) -> list[int]:
+    """Where the packets of the video with a payload are."""
+    return [
+        place
+        for place in range(0, len(stream), 188)
+        if struct.unpack_from(">H", stream, place + 1)[0] & 0x1FFF == VIDEO and stream[place + 3] & 0x10
+    ]
+
+
 def test_a_packet_that_is_sent_twice_is_no_loss(stream: bytes) -> None:
     middle = len(stream) // 188 // 2 * 188
     assert stream_problem(stream[:middle] + stream[middle - 188 : middle] + stream[middle:]) is None
@@ -67,14 +83,58 @@ def test_every_kind_of_loss_in_a_transport_stream_is_noticed(
     monkeypatch.setattr("pipeline.bookkeeping._TS_PACKETS_PER_READ", block)
     middle = len(stream) // 188 // 2 * 188
     damaged = bytearray(stream)
-    damaged[middle + 1] |= 0x80
+    damaged[video_places(stream)[40] + 1] |= 0x80
     assert stream_problem(stream) is None
-    assert "missing" in str(stream_problem(stream[:middle] + stream[middle + 188 :]))
+    for place in video_places(stream)[1:-1:7]:
+        assert "missing" in str(stream_problem(stream[:place] + stream[place + 188 :]))
     assert "no transport packet" in str(stream_problem(stream[:middle] + stream[middle + 1 :] + b"\0"))
     assert "no transport packet" in str(stream_problem(stream[:middle] + b"\0" + stream[middle:-1]))
-    assert "ends inside" in str(stream_problem(stream[:-1]))
     assert "itself" in str(stream_problem(bytes(damaged)))
-    assert "does not begin" in str(stream_problem(b"\0" + stream))
+    assert "does not begin" in str(stream_problem(stream[:376] + b"\0" + stream[376:]))
+    assert "does not begin" in str(stream_problem(bytes(1000) + stream))
+
+
+def test_other_streams_of_a_transport_stream_may_lose_packets_and_count_as_they_like() -> None:
+    sound = ("-f", "lavfi", "-i", "sine=duration=2", "-c:a", "mp2")
+    both = ffmpeg("-f", "lavfi", "-i", "testsrc=size=160x120:duration=2", *sound, suffix=".ts")
+    rewritten = bytearray(both)
+    own = set(video_places(both))
+    for place in range(0, len(both), 188):
+        if place not in own and struct.unpack_from(">H", both, place + 1)[0] & 0x1FFF != VIDEO:
+            rewritten[place + 3] = rewritten[place + 3] & 0xF0 | place // 188 * 7 % 16
+            rewritten[place + 1] |= 0x80
+    null = b"\x47\x1f\xff\x15" + bytes(184)
+    assert checked(bytes(rewritten)) == checked(both) == TransportCheck(None)
+    middle = len(both) // 376 * 188
+    assert checked(both[:middle] + null * 3 + both[middle:]) == TransportCheck(None)
+    assert "itself" in str(checked(bytes(rewritten), 257).problem)
+
+
+@pytest.mark.parametrize("block", [1 << 15, 7, 1])
+def test_a_jump_that_is_announced_in_a_packet_of_its_own_is_no_loss(
+    stream: bytes, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.bookkeeping._TS_PACKETS_PER_READ", block)
+    places = video_places(stream)
+    before, gone, behind = places[30], places[31], places[32]
+    announcement = b"\x47\x01\x00\x20\xb7\x80" + bytes(182)
+    without = stream[:gone] + stream[gone + 188 : behind]
+    assert before < gone
+    assert "missing" in str(stream_problem(without + stream[behind:]))
+    assert stream_problem(without + announcement + stream[behind:]) is None
+
+
+def test_segments_one_behind_the_other_may_each_count_from_the_beginning(stream: bytes) -> None:
+    assert checked(stream + stream + stream) == TransportCheck(None)
+    first = video_places(stream)[0]
+    assert "missing" in str(stream_problem(stream + stream[first:]))
+
+
+def test_a_recording_may_begin_and_end_inside_a_packet(stream: bytes) -> None:
+    assert checked(stream[100:]) == checked(bytes(5) + stream) == TransportCheck(None)
+    assert checked(stream[:-1]) == checked(stream[:-187]) == TransportCheck(None, ends_inside_packet=True)
+    assert checked(stream[:-400] + bytes(400)) == TransportCheck(None, ends_inside_packet=True)
+    assert checked(stream + bytes(18800)) == TransportCheck(None, ends_inside_packet=True)
 
 
 def test_a_whole_avi_and_one_that_ends_early_have_no_damage_in_the_middle(avi: bytes) -> None:

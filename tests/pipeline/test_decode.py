@@ -254,6 +254,43 @@ def test_a_title_in_any_alphabet_is_no_fault_of_a_video(suffix: str, title: byte
     assert digests(list(pool.decode([video(named)]))) == digests(list(pool.decode([video(whole)])))
 
 
+def test_a_transport_stream_that_is_cut_anywhere_gives_the_clips_before_the_cut(pool: DecodePool) -> None:
+    codec = ("-c:v", "libx264", "-g", "50", "-bf", "3")
+    whole = moving_pattern("160x120", "25", 8, *codec, suffix=".ts")
+    expected = digests(list(pool.decode([video(whole)])))
+    assert len(expected) == 7
+    for share, padding in ((0.5, 0), (0.7, 0), (0.7, 3000)):
+        cut = int(len(whole) * share) // 188 * 188 + 100
+        got = digests(list(pool.decode([video(whole[:cut] + bytes(padding))])))
+        there = [one for one in got if len(one) == 4]
+        assert 2 <= len(there) <= 6
+        assert there == expected[: len(there)]
+        assert got[len(there) :] in ([], [("key", len(there), "frames_missing")])
+    late = digests(list(pool.decode([video(whole[100:])])))
+    assert late == expected
+
+
+def test_segments_of_a_stream_one_behind_the_other_are_one_video(pool: DecodePool) -> None:
+    codec = ("-c:v", "libx264", "-g", "25", "-bf", "2")
+    reference = clips_of(list(pool.decode([video(moving_pattern("160x120", "25", 4, *codec, suffix=".ts"))])))
+    source = ("-f", "lavfi", "-i", "testsrc=size=160x120:rate=25:duration=4", "-pix_fmt", "yuv420p", *codec)
+    segments = [
+        ffmpeg(
+            *source,
+            "-vf",
+            f"trim={start}:{start + 2}",
+            "-muxdelay",
+            "0",
+            suffix=".ts",
+        )
+        for start in (0, 2)
+    ]
+    clips = clips_of(list(pool.decode([video(b"".join(segments))])))
+    assert len(clips) == len(reference) == 3
+    for one, other in zip(clips, reference, strict=True):
+        assert np.abs(one.frames.astype(int) - other.frames).mean() < 4
+
+
 def test_what_writers_add_to_an_avi_changes_no_clip(pool: DecodePool) -> None:
     whole = moving_pattern("160x120", "25", 3, "-c:v", "mpeg4", "-g", "50", "-q:v", "3", suffix=".avi")
     media = whole.index(b"movi") - 8
