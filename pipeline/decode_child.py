@@ -70,7 +70,9 @@ def _clips_of_video(
     starts = clip_spans(num_instants, bucket.num_frames, cut.clip_stride, cut.clips_per_video)
     clip_fps = cut.fps if cut.fps is not None else scan.fps
     reader = ClipReader(media_fd, scan, shape, limits, sign_of_life)
-    yield {"type": "opened", "num_clips": len(starts)}
+    # A stream that breaks off does not say how much followed: one rejection stands for all of it.
+    has_unknown_rest = scan.is_cut and cut.clips_per_video is None
+    yield {"type": "opened", "num_clips": len(starts) + has_unknown_rest}
 
     shape_of_clip = (bucket.num_frames, bucket.height_px, bucket.width_px, 3)
     frames = np.frombuffer(memory, dtype=np.uint8, count=bucket.num_bytes).reshape(shape_of_clip)
@@ -108,6 +110,9 @@ def _clips_of_video(
                 "decoder": decoder,
             },
         }
+    if has_unknown_rest:
+        message = f"the file ends inside a packet, {timeline.end_s:.3f} s after its first frame"
+        yield {"type": "rejected", "clip_index": len(starts), "reason": "frames_missing", "message": message}
 
 
 def _covering(bucket: Bucket, width_px: int, height_px: int, limits: DecodeLimits) -> Cover:

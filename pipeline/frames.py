@@ -77,6 +77,7 @@ class Scan:
         pts: `(n,)` int64, strictly rising, presentation times of the frames that can be shown, in ticks.
         key_frames: rising indices into `pts` of the frames that decoding can start at.
         lost_pts: the time of a last packet that is cut off; it is not among `pts`.
+        is_cut: the file ends inside a packet, and nothing in it tells how much followed.
         orientation: the display matrix (a, b, c, d), each -1, 0 or 1: a pixel (x, y) is shown at (ax + cy, bx + dy).
         width_px, height_px: of the picture as it is shown.
     """
@@ -88,6 +89,7 @@ class Scan:
     pts: npt.NDArray[np.int64]
     key_frames: npt.NDArray[np.int64]
     lost_pts: int | None
+    is_cut: bool
     orientation: tuple[int, int, int, int]
     width_px: int
     height_px: int
@@ -459,6 +461,7 @@ def scan_video(media_fd: int, limits: DecodeLimits, sign_of_life: Callable[[], N
             pts=pts,
             key_frames=np.flatnonzero(np.array(packets.is_key)[first_places]).astype(np.int64),
             lost_pts=packets.lost_pts,
+            is_cut=is_cut,
             orientation=orientation,
             width_px=frame.height if is_turned else frame.width,
             height_px=frame.width if is_turned else frame.height,

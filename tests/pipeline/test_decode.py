@@ -27,6 +27,7 @@ from builders import CLIP_STILLS, CLIP_VIDEOS, CLIPS
 from media import audio_only, ffmpeg, moving_pattern, one_hour_of_16_px, two_frames
 from PIL import Image
 
+from pipeline import frames
 from pipeline.config import DecodeLimits, EncodingConfig, parse_buckets
 from pipeline.decode import _START, DecodePool, decoder_versions
 from pipeline.errors import DecodeChildError
@@ -265,9 +266,29 @@ def test_a_transport_stream_that_is_cut_anywhere_gives_the_clips_before_the_cut(
         there = [one for one in got if len(one) == 4]
         assert 2 <= len(there) <= 6
         assert there == expected[: len(there)]
-        assert got[len(there) :] in ([], [("key", len(there), "frames_missing")])
+        lost = [("key", index, "frames_missing") for index in range(len(there), len(got))]
+        assert got[len(there) :] == lost
+        assert 1 <= len(lost) <= 2
     late = digests(list(pool.decode([video(whole[100:])])))
     assert late == expected
+
+
+def test_a_decoder_that_refuses_everything_is_asked_only_so_often() -> None:
+    codec = ("-c:v", "libx264", "-bf", "0", "-preset", "ultrafast")
+    broken = bytearray(moving_pattern("64x64", "25", 20, *codec, suffix=".avi"))
+    place = broken.index(b"movi") + 4
+    while broken[place : place + 2] == b"00":
+        (num_bytes,) = struct.unpack_from("<I", broken, place + 4)
+        broken[place + 8 : place + 8 + num_bytes] = b"\0\0\0\1\x65" + b"\x11" * (num_bytes - 5)
+        place += 8 + num_bytes + num_bytes % 2
+    # In this process: what a child does not do cannot be seen from outside.
+    opened, limits = video(bytes(broken)), DecodeLimits()
+    with frames._open_container(opened.media_fd, limits) as container:
+        stream, _ = frames._choose_stream(container, limits)
+        found = frames._read_packets(container, stream, limits, lambda: None, None, False)
+    os.close(opened.media_fd)
+    assert (found.num_seen, found.num_failures) == (500, frames._MOST_FAILURES)
+    assert rejection(decode([video(bytes(broken))])) == (None, "decode_error")
 
 
 def test_segments_of_a_stream_one_behind_the_other_are_one_video(pool: DecodePool) -> None:
