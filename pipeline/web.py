@@ -27,7 +27,7 @@ from typing import Any, Self, cast
 from urllib.parse import SplitResult, quote, urljoin, urlsplit
 
 from pipeline.errors import StorageError, StorageNotFoundError, StorageUnavailableError, UsageError
-from pipeline.store import Backoff, shown_uri
+from pipeline.store import Backoff, Steps, shown_uri
 
 _MOST_REDIRECTS = 5
 _ATTEMPTS = 3
@@ -305,6 +305,7 @@ def _spool(response: http.client.HTTPResponse, line: _Line, uri: str, largest_by
 
 def _block(response: http.client.HTTPResponse, line: _Line, uri: str) -> bytes:
     """What has come of a file; the errors of its server are none of the disk."""
+    Steps.note()
     try:
         return response.read1(_BLOCK_BYTES)
     except (OSError, http.client.HTTPException) as error:

@@ -306,7 +306,8 @@ def test_an_outage_of_a_quarter_of_an_hour_costs_few_requests_and_creates_wait_t
     proxy.fault = lambda method, path: "503"
     with pytest.raises(StorageUnavailableError):
         far_store.get("x")
-    assert clock.now <= pipeline.store.RETRY_BUDGET_S
+    # The last pause ends within the budget; the shared pace may ask for one more turn to be waited for.
+    assert clock.now <= pipeline.store.RETRY_BUDGET_S + 1 / pipeline.store._SLOWEST_PER_S
     assert proxy.count("GET") < 200, "requests of a quarter of an hour"
     before = clock.now
     with pytest.raises(OutcomeUnknownError):
