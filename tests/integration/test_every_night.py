@@ -23,6 +23,7 @@ def _put(folder: Path, *names: str) -> None:
         shutil.copyfile(still.with_suffix(".txt"), folder / f"{name}.txt")
 
 
+@pytest.mark.slow
 def test_two_nights_at_once_then_repairs_and_retries(
     ray_home: Mapping[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
