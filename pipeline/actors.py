@@ -23,7 +23,7 @@ import threading
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -137,13 +137,10 @@ class _Account:
 class _DecodeAhead:
     """Runs a decode iterator in a thread, at most `_CLIPS_AHEAD_BYTES` of clips ahead of whoever iterates."""
 
-    def __init__(
-        self, clips: Iterator[Clip | ClipFailure], clip_bytes: int, note_step: Callable[[], None] = lambda: None
-    ) -> None:
+    def __init__(self, clips: Iterator[Clip | ClipFailure], clip_bytes: int) -> None:
         self.decode_s = 0.0
         self.wait_s = 0.0
         self._clips = clips
-        self._note_step = note_step
         self._queue: queue.Queue[Clip | ClipFailure | BaseException | None] = queue.Queue(
             max(2, _CLIPS_AHEAD_BYTES // clip_bytes)
         )
@@ -165,7 +162,7 @@ class _DecodeAhead:
                 started = time.perf_counter()
                 clip = next(self._clips, None)
                 self.decode_s += time.perf_counter() - started
-                self._note_step()
+                Steps.note()
                 if clip is None:
                     break
                 self._put(clip)
@@ -236,7 +233,6 @@ class EncodeActor:
         self._decode_pool: DecodePool | None = None
         self._store: ObjectStore = open_store(config.run.output)
         self._is_stopping = False
-        self._num_steps = 0
         self._room = _Room()
 
     def __repr__(self) -> str:
@@ -284,7 +280,7 @@ class EncodeActor:
 
         Shards in work that never move it hang; an actor that does not even answer is frozen.
         """
-        return self._num_steps + Steps.num_of_process
+        return Steps.num_of_process
 
     def process(self, spec: ShardSpec, manifest: DatasetManifest, poison: frozenset[int] = frozenset()) -> ShardReport:
         """Encodes one shard and commits it, or finds that it is committed.
@@ -348,13 +344,10 @@ class EncodeActor:
                     "the same installation and model, and a dataset one kind of device"
                 )
 
-    def _note_step(self) -> None:
-        self._num_steps += 1
-
     def _videos(self, spec: ShardSpec, poison: frozenset[int], part: range | None = None) -> _Videos:
         found = FoundVersions()
         read = iterate_videos(spec, self._store, self._config.encoding, self._config.decode, found)
-        return _Videos(read, poison, part, self._note_step, found)
+        return _Videos(read, poison, part, found)
 
     @contextmanager
     def _encoded(
@@ -369,7 +362,7 @@ class EncodeActor:
         assert self._decode_pool is not None, "start() has not run"
         largest = max(bucket.num_bytes for bucket in self._config.encoding.buckets)
         with self._room.folder(spec.shard_id) as directory:
-            ahead = _DecodeAhead(self._decode_pool.decode(videos), largest, self._note_step)
+            ahead = _DecodeAhead(self._decode_pool.decode(videos), largest)
             try:
                 self._turns.wait_for(turn)
                 encoded = self._encode(spec, manifest, ahead, directory, elsewhere)
@@ -412,10 +405,15 @@ class EncodeActor:
 
     def _stored(self, spec: ShardSpec, file: WrittenFile) -> FileStat:
         stat = put_data_file(
-            self._store, file.path, shard_id=spec.shard_id, content=file.content, num_rows=file.num_rows
+            self._store,
+            file.path,
+            shard_id=spec.shard_id,
+            content=file.content,
+            num_rows=file.num_rows,
+            bucket_rows=file.bucket_rows,
         )
-        self._note_step()
-        return replace(stat, bucket_rows=file.bucket_rows)
+        Steps.note()
+        return stat
 
     def _encode(
         self,
@@ -433,7 +431,7 @@ class EncodeActor:
         with ShardWriter(directory, spec.shard_id, manifest, self._config.encoding.format) as writer:
             for entry in self._encoder.encode(ahead):
                 write_started = time.perf_counter()
-                self._note_step()
+                Steps.note()
                 if isinstance(entry, ClipFailure):
                     account.reject(entry)
                     writer.reject(entry)
@@ -483,7 +481,6 @@ class _Videos:
         videos: Iterator[SourceVideo | ClipFailure],
         poison: frozenset[int],
         part: range | None,
-        note_step: Callable[[], None],
         found: FoundVersions,
     ) -> None:
         self.found = found
@@ -492,12 +489,11 @@ class _Videos:
         self._videos = videos
         self._poison = poison
         self._part = part
-        self._note_step = note_step
 
     def __iter__(self) -> Iterator[SourceVideo | ClipFailure]:
         for place, video in enumerate(self._videos):
             self.num_videos = place + 1
-            self._note_step()
+            Steps.note()
             is_asked_for = self._part is None or place in self._part
             if isinstance(video, ClipFailure):
                 if is_asked_for:

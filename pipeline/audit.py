@@ -49,7 +49,7 @@ from pipeline.errors import DamagedObjectError, RejectionError, StorageError, St
 from pipeline.format import rejection_schema, schema
 from pipeline.inputs import digest_of_versions, is_other_version, read_slice, version_of
 from pipeline.plan import planned_slices
-from pipeline.records import Commit, DatasetManifest, FileStat, ShardCounts, ShardSpec
+from pipeline.records import COUNTED, Commit, DatasetManifest, FileStat, ShardCounts, ShardSpec, sum_counts
 from pipeline.redo import ordered_repairs
 from pipeline.storage import InputFile, ObjectStore, stat_input
 from pipeline.stored import RecordFile, StoredRecord, open_records, read_rejections
@@ -210,7 +210,7 @@ def audit(store: ObjectStore, *, is_quick: bool = False, with_inputs: bool = Fal
         num_snapshots=num_snapshots,
         num_slices=len(slices),
         num_inputs=num_inputs,
-        counts=_total(shard.counts for shard in shards.values()),
+        counts=sum_counts(shard.counts for shard in shards.values()),
         findings=tuple(findings),
     )
 
@@ -492,31 +492,11 @@ class _Account:
         )
 
 
-_COUNTED = (
-    "num_videos",
-    "num_videos_ok",
-    "num_videos_rejected",
-    "num_clips",
-    "num_records",
-    "num_clips_rejected",
-    "num_frames",
-)
-
-
 def _differences(stated: ShardCounts, found: ShardCounts) -> str:
     """ "2 num_records (3 stated)" for every count that differs; "" if none does."""
-    pairs: dict[str, tuple[Any, Any]] = {name: (getattr(found, name), getattr(stated, name)) for name in _COUNTED}
+    pairs: dict[str, tuple[Any, Any]] = {name: (getattr(found, name), getattr(stated, name)) for name in COUNTED}
     pairs["reasons"] = dict(found.reasons), {reason: n for reason, n in stated.reasons.items() if n}
     return ", ".join(f"{name} {there} ({said} stated)" for name, (there, said) in pairs.items() if there != said)
-
-
-def _total(all_counts: Iterable[ShardCounts]) -> ShardCounts:
-    totals: Counter[str] = Counter()
-    reasons: Counter[str] = Counter()
-    for counts in all_counts:
-        totals.update({name: getattr(counts, name) for name in _COUNTED})
-        reasons.update(counts.reasons)
-    return ShardCounts(**{name: totals[name] for name in _COUNTED}, reasons=dict(sorted(reasons.items())))
 
 
 def _check_snapshots(

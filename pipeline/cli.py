@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.commit import decided_shards, latest_snapshot, load_commits, manifest_of_output
 from pipeline.errors import LatentmillError, UsageError
-from pipeline.records import DatasetManifest
+from pipeline.records import COUNTED, DatasetManifest, sum_counts
 from pipeline.storage import ObjectStore, open_store
 
 if TYPE_CHECKING:
@@ -129,12 +129,9 @@ def _text(value: object) -> str:
 def _description(store: ObjectStore, manifest: DatasetManifest) -> dict[str, object]:
     # Of now, whether or not a snapshot names them yet.
     shards = decided_shards(load_commits(store))
-    reasons: Counter[str] = Counter()
-    counts: Counter[str] = Counter()
+    counts = sum_counts(shard.counts for shard in shards)
     files: Counter[str] = Counter()
     for shard in shards:
-        reasons.update(shard.counts.reasons)
-        counts.update({name: value for name, value in asdict(shard.counts).items() if name != "reasons"})
         for file in (file for commit in shard.commits for file in commit.files):
             files[f"{file.content} files"] += 1
             files[f"{file.content} bytes"] += file.num_bytes
@@ -146,8 +143,8 @@ def _description(store: ObjectStore, manifest: DatasetManifest) -> dict[str, obj
         "kind": manifest.kind,
         "latent_dtype": manifest.latent_dtype,
         "fingerprint": manifest.fingerprint,
-        "counts": dict(counts),
-        "rejections": dict(reasons.most_common()),
+        "counts": {name: getattr(counts, name) for name in COUNTED},
+        "rejections": dict(Counter(counts.reasons).most_common()),
         "files": dict(sorted(files.items())),
         "model": asdict(manifest.model),
         "configuration": dict(manifest.fingerprint_fields),

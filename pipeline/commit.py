@@ -304,6 +304,7 @@ def put_data_file(
     shard_id: str,
     content: Literal["parquet", "webdataset", "rejected"],
     num_rows: int,
+    bucket_rows: Mapping[str, int] | None = None,
     generation: int = 0,
 ) -> FileStat:
     """Stores a finished local file under a name that holds its hash. It counts only once a commit names it.
@@ -313,7 +314,14 @@ def put_data_file(
     sha256 = sha256_of_file(path)
     key = f"data/{sha256[:2]}/{record_name(shard_id, generation)}-{sha256[:16]}.{_EXTENSIONS[content]}"
     store.put_file(key, path, sha256)
-    return FileStat(key=key, num_bytes=path.stat().st_size, sha256=sha256, num_rows=num_rows, content=content)
+    return FileStat(
+        key=key,
+        num_bytes=path.stat().st_size,
+        sha256=sha256,
+        num_rows=num_rows,
+        content=content,
+        bucket_rows=dict(bucket_rows or {}),
+    )
 
 
 def read_data_file(store: ObjectStore, file: FileStat) -> bytes:

@@ -78,7 +78,7 @@ def shard_outcome(shard: DecidedShard, store: ObjectStore, cache: FileCache) -> 
     num_frames = 0
     standing: list[tuple[int, ClipFailure]] = []
     for commit in shard.commits:
-        failures = _failures(commit, store)
+        failures = rejections_in(commit, store)
         # A video that could not be read this time keeps the clips that it had, and what was said of the others.
         unread = {f.key for f in failures if f.clip_index is None} & {key for key, _ in generations}
         spoken_of = None if commit.keys is None else frozenset(commit.keys)
@@ -110,7 +110,13 @@ def shard_outcome(shard: DecidedShard, store: ObjectStore, cache: FileCache) -> 
     )
 
 
-def _failures(commit: Commit, store: ObjectStore) -> list[ClipFailure]:
+def rejections_in(commit: Commit, store: ObjectStore) -> list[ClipFailure]:
+    """The rejections that one record's files hold, whether or not they still stand.
+
+    Raises:
+        DamagedObjectError: the bytes of a file are not those that its record states.
+        StorageNotFoundError: a file is gone.
+    """
     files = [file for file in commit.files if file.content == "rejected"]
     return [failure for file in files for failure in read_rejections(read_data_file(store, file))]
 

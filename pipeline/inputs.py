@@ -36,6 +36,8 @@ COMPRESSIONS: Mapping[str, Literal["none", "gzip", "zstd"]] = {
     ".tar.zst": "zstd",
 }
 
+# The key of the rejection that stands for all that could not be read of a damaged tar.
+REST_OF_TAR = "*"
 _BLOCK_BYTES = 512
 _READ_BYTES = 1 << 20
 _LONGEST_NAME = 200

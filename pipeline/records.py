@@ -9,8 +9,9 @@ uses live in that module. Used by every module of `pipeline`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 import numpy as np
@@ -298,6 +299,20 @@ class ShardCounts:
     def __post_init__(self) -> None:
         assert self.num_videos == self.num_videos_ok + self.num_videos_rejected, f"videos do not balance: {self}"
         assert self.num_clips == self.num_records + self.num_clips_rejected, f"clips do not balance: {self}"
+
+
+# The fields of ShardCounts that are numbers: all but the reasons.
+COUNTED = tuple(field.name for field in fields(ShardCounts) if field.name != "reasons")
+
+
+def sum_counts(all_counts: Iterable[ShardCounts]) -> ShardCounts:
+    """The accounts of several shards together, reasons sorted by name."""
+    totals: Counter[str] = Counter()
+    reasons: Counter[str] = Counter()
+    for counts in all_counts:
+        totals.update({name: getattr(counts, name) for name in COUNTED})
+        reasons.update(counts.reasons)
+    return ShardCounts(**{name: totals[name] for name in COUNTED}, reasons=dict(sorted(reasons.items())))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

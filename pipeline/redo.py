@@ -26,7 +26,7 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from pipeline.commit import (
     DecidedShard,
@@ -35,21 +35,18 @@ from pipeline.commit import (
     name_of,
     parse_record_name,
     put_data_file,
-    read_data_file,
     read_shard,
     record_name,
 )
-from pipeline.committed import FileCache, shard_outcome, with_shard_counts
+from pipeline.committed import FileCache, rejections_in, shard_outcome, with_shard_counts
 from pipeline.errors import DamagedObjectError, StorageError, StorageNotFoundError
 from pipeline.format import WrittenFile
-from pipeline.inputs import is_other_version
+from pipeline.inputs import REST_OF_TAR, is_other_version
 from pipeline.records import ClipFailure, Commit, FileStat, Redo, ShardSpec
 from pipeline.storage import ObjectStore, sha256_of_file
 from pipeline.stored import read_rejections
 
 _ORDER_KEY = re.compile(r"repairs/([^/]+)/(\d{6})(\.done)?\.json")
-# The key of the rejection that stands for all that could not be read of a damaged tar.
-_REST = "*"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,20 +125,14 @@ def retries(
         keys -= spent
         if keys:
             num_videos += len(keys)
-            wanted = None if _REST in keys else tuple(sorted(keys))
+            wanted = None if REST_OF_TAR in keys else tuple(sorted(keys))
             found.append(_redo_spec(spec, shard.next_generation, replaces=None, keys=wanted))
     return Retries(specs=tuple(found), num_videos=num_videos, num_spent=num_spent, refused=refused)
 
 
 def _rejections_of(store: ObjectStore, shard: DecidedShard) -> Iterator[ClipFailure]:
     for commit in shard.commits:
-        yield from _rejections_in(store, commit)
-
-
-def _rejections_in(store: ObjectStore, commit: Commit) -> Iterator[ClipFailure]:
-    for file in commit.files:
-        if file.content == "rejected":
-            yield from read_rejections(read_data_file(store, file))
+        yield from rejections_in(commit, store)
 
 
 def _num_attempts(shard: DecidedShard, key: str) -> int:
@@ -155,23 +146,18 @@ def _redo_spec(spec: ShardSpec, generation: int, *, replaces: str | None, keys: 
 
 def order_repair(store: ObjectStore, record: str, why: Sequence[str]) -> bool:
     """Orders that the shard of a damaged record be encoded again; False where an order stands that is not done yet."""
-    last = max((number for name, number, _ in _orders(store, record) if name == record), default=0)
-    if last and not any(number == last and is_done for name, number, is_done in _orders(store, record)):
+    last = _last_orders(store, record).get(record)
+    if last is not None and not last.is_done:
         return False
     document = json.dumps({"version": 1, "record": record, "why": list(why)[:20]}, sort_keys=True).encode()
-    create_once(store, _order_key(record, last + 1), document)
+    create_once(store, _order_key(record, 1 if last is None else last.number + 1), document)
     return True
 
 
 def ordered_repairs(store: ObjectStore, shards: Mapping[str, DecidedShard]) -> list[str]:
     """Names of the records that are to be repaired and still count, sorted."""
-    last: dict[str, dict[int, bool]] = {}
-    for record, number, is_done in _orders(store):
-        orders = last.setdefault(record, {})
-        orders[number] = orders.get(number, False) or is_done
-    open_orders = [record for record, orders in last.items() if not orders[max(orders)]]
     counting = {name_of(commit) for shard in shards.values() for commit in shard.commits}
-    return sorted(record for record in open_orders if record in counting)
+    return sorted(record for record, last in _last_orders(store).items() if record in counting and not last.is_done)
 
 
 def repairs(
@@ -190,11 +176,20 @@ def repairs(
     return found
 
 
-def _orders(store: ObjectStore, record: str = "") -> list[tuple[str, int, bool]]:
-    """(record, number, whether it is the mark that it is done) of every order, or of those of one record."""
-    listed = store.list(f"repairs/{record}/" if record else "repairs/")
-    matches = [match for info in listed if (match := _ORDER_KEY.fullmatch(info.key))]
-    return [(match[1], int(match[2]), match[3] is not None) for match in matches]
+class _Order(NamedTuple):
+    number: int
+    is_done: bool
+
+
+def _last_orders(store: ObjectStore, record: str = "") -> dict[str, _Order]:
+    """Record -> the last order to repair it; of every record, or of one."""
+    last: dict[str, _Order] = {}
+    for info in store.list(f"repairs/{record}/" if record else "repairs/"):
+        if match := _ORDER_KEY.fullmatch(info.key):
+            # True sorts after False: the mark that an order is done takes the place of the order.
+            order = _Order(int(match[2]), match[3] is not None)
+            last[match[1]] = max(order, last.get(match[1], order))
+    return last
 
 
 def _order_key(record: str, number: int, ending: str = "") -> str:
@@ -208,12 +203,14 @@ class Begun:
     Attributes:
         shard: as read now.
         keys: the videos that are left to encode; None for all.
+        others: the records beside the new one that count and can be read; without the one that a repair replaces.
         elsewhere: (key, clip index) of the samples that other records have as ok; the new one leaves them out.
     """
 
     redo: Redo
     shard: DecidedShard
     keys: tuple[str, ...] | None
+    others: tuple[Commit, ...]
     elsewhere: frozenset[tuple[str, int]]
 
 
@@ -232,7 +229,7 @@ def begin(store: ObjectStore, redo: Redo, cache: FileCache) -> Begun | None:
         # Not read, because they cannot be: the record that is repaired, and others that are damaged as well.
         others = _readable(store, replace(shard, commits=_others(shard, redo.replaces)), cache)
         elsewhere = shard_outcome(others, store, cache).generations if others.commits else {}
-        return Begun(redo=redo, shard=shard, keys=redo.keys, elsewhere=frozenset(elsewhere))
+        return Begun(redo=redo, shard=shard, keys=redo.keys, others=others.commits, elsewhere=frozenset(elsewhere))
     later = [c for c in shard.commits if c.generation >= redo.generation and c.replaces is None]
     keys = redo.keys
     if later and (keys is None or any(commit.keys is None for commit in later)):
@@ -242,7 +239,8 @@ def begin(store: ObjectStore, redo: Redo, cache: FileCache) -> Begun | None:
         keys = tuple(key for key in keys if key not in spoken_of)
         if not keys:
             return None
-    return Begun(redo=redo, shard=shard, keys=keys, elsewhere=frozenset(shard_outcome(shard, store, cache).generations))
+    elsewhere = shard_outcome(shard, store, cache).generations
+    return Begun(redo=redo, shard=shard, keys=keys, others=shard.commits, elsewhere=frozenset(elsewhere))
 
 
 def _others(shard: DecidedShard, record: str) -> tuple[Commit, ...]:
@@ -292,10 +290,7 @@ def finish(
         replaces=redo.replaces,
         keys=begun.keys,
     )
-    before = shard.commits
-    if redo.replaces is not None:
-        before = _readable(store, replace(shard, commits=_others(shard, redo.replaces)), cache).commits
-    if commit_shard(store, with_shard_counts(draft, before, store, cache)) == "committed":
+    if commit_shard(store, with_shard_counts(draft, begun.others, store, cache)) == "committed":
         return "committed"
     if begin(store, redo, cache) is None:
         return "lost_race"
@@ -306,10 +301,15 @@ def finish(
 
 
 def _put(store: ObjectStore, shard_id: str, generation: int, file: WrittenFile) -> FileStat:
-    stat = put_data_file(
-        store, file.path, shard_id=shard_id, content=file.content, num_rows=file.num_rows, generation=generation
+    return put_data_file(
+        store,
+        file.path,
+        shard_id=shard_id,
+        content=file.content,
+        num_rows=file.num_rows,
+        bucket_rows=file.bucket_rows,
+        generation=generation,
     )
-    return replace(stat, bucket_rows=file.bucket_rows)
 
 
 def _are_same_bytes(damaged: Commit, written: Sequence[WrittenFile]) -> bool:
@@ -337,7 +337,7 @@ def _refuse_loss(
     num_then, num_now = min(damaged.counts.num_records, num_only_here), draft.counts.num_records
     found = [failure for file in written if file.content == "rejected" for failure in read_rejections(file.path)]
     try:
-        then = Counter((failure.key, failure.clip_index) for failure in _rejections_in(store, damaged))
+        then = Counter((failure.key, failure.clip_index) for failure in rejections_in(damaged, store))
         now = Counter((failure.key, failure.clip_index) for failure in found)
         new = [failure for failure in found if (failure.key, failure.clip_index) in now - then]
     except (DamagedObjectError, StorageNotFoundError):
@@ -355,6 +355,5 @@ def _refuse_loss(
 
 
 def _mark_done(store: ObjectStore, record: str) -> None:
-    number = max((number for name, number, _ in _orders(store, record) if name == record), default=0)
-    if number:
-        create_once(store, _order_key(record, number, ".done"), b'{"outcome": "restored"}')
+    if last := _last_orders(store, record).get(record):
+        create_once(store, _order_key(record, last.number, ".done"), b'{"outcome": "restored"}')

@@ -54,7 +54,7 @@ from pipeline.format import FORMAT_VERSION
 from pipeline.metrics import RunMetrics
 from pipeline.plan import InputChange, changed_inputs, infer_passthrough, plan_shards
 from pipeline.progress import Progress, RateMeter, Standing
-from pipeline.records import Commit, DatasetManifest, ShardCounts, ShardSpec
+from pipeline.records import Commit, DatasetManifest, ShardSpec, sum_counts
 from pipeline.redo import Retries, ordered_repairs, repairs, retries
 from pipeline.storage import ObjectStore, allow_web_inputs, open_store
 
@@ -451,7 +451,7 @@ class _Ledger:
         """The accounts of every planned shard among the commits."""
         planned = set(self._planned)
         shards = {shard.shard_id: shard for shard in decided_shards(commits) if shard.shard_id in planned}
-        totals = _sum(shard.counts for shard in shards.values())
+        totals = sum_counts(shard.counts for shard in shards.values())
         elapsed_s = time.monotonic() - self._started
         redone = [spec for name, spec in self._redone_ids.items() if name in self.done]
         retried = [spec.redo for spec in redone if spec.redo is not None and spec.redo.replaces is None]
@@ -490,26 +490,6 @@ class _Ledger:
             sandbox=self.sandbox,
             undone=dict(sorted(self.undone.items())[:20]),
         )
-
-
-def _sum(all_counts: Iterable[ShardCounts]) -> ShardCounts:
-    totals: Counter[str] = Counter()
-    reasons: Counter[str] = Counter()
-    for counts in all_counts:
-        reasons.update(counts.reasons)
-        totals.update({name: getattr(counts, name) for name in _COUNTED})
-    return ShardCounts(**{name: totals[name] for name in _COUNTED}, reasons=dict(sorted(reasons.items())))
-
-
-_COUNTED = (
-    "num_videos",
-    "num_videos_ok",
-    "num_videos_rejected",
-    "num_clips",
-    "num_records",
-    "num_clips_rejected",
-    "num_frames",
-)
 
 
 @contextmanager

@@ -33,6 +33,7 @@ from pipeline.config import DecodeLimits, EncodingConfig
 from pipeline.errors import RejectionError, StorageDeniedError, StorageError, StorageNotFoundError, UsageError
 from pipeline.inputs import (
     MEDIA_KINDS,
+    REST_OF_TAR,
     FoundVersions,
     SliceEntry,
     TarMember,
@@ -56,7 +57,6 @@ from pipeline.storage import (
 )
 from pipeline.store import shown_uri
 
-_REST = "*"
 _DEFAULT_CAPTION_COLUMN = "caption"
 # Of a caption or of the JSON beside a video; what is stored is held in memory many at a time.
 _LARGEST_TEXT_BYTES = 4 << 20
@@ -164,7 +164,9 @@ def _tar_videos(spec: ShardSpec, caption_column: str, max_file_bytes: int) -> It
             _refuse_changed(spec)
         except RejectionError as damage:
             place = f"; lost from the sample {_shown(sample.key)} on" if sample is not None else ""
-            yield _failure(_REST, damage.reason, f"{spec.shard_id}: the tar is damaged: {damage.message}{place}", uri)
+            yield _failure(
+                REST_OF_TAR, damage.reason, f"{spec.shard_id}: the tar is damaged: {damage.message}{place}", uri
+            )
         finally:
             if sample is not None:
                 sample.close()

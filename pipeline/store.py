@@ -44,11 +44,11 @@ class ObjectInfo:
 
 
 class Steps:
-    """Counts what this process gets done below the level of whole videos and files, so that it is not held for hanging.
+    """Counts what this process gets done, so that it is not held for hanging.
 
     Attributes:
-        num_of_process: blocks read, parts stored, pauses of retries and signs of life of decoders. Threads may lose
-            some of them to each other; what matters is that the number grows.
+        num_of_process: videos, clips, records, blocks read, parts stored, pauses of retries and signs of life of
+            decoders. Threads may lose some of them to each other; what matters is that the number grows.
     """
 
     num_of_process: ClassVar[int] = 0

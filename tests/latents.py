@@ -10,7 +10,6 @@ import hashlib
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -142,16 +141,14 @@ def commit_records(
                 writer.reject(failure)
             written = writer.finish()
         files = tuple(
-            replace(
-                put_data_file(
-                    store,
-                    file.path,
-                    shard_id=shard_id,
-                    content=file.content,
-                    num_rows=file.num_rows,
-                    generation=generation,
-                ),
+            put_data_file(
+                store,
+                file.path,
+                shard_id=shard_id,
+                content=file.content,
+                num_rows=file.num_rows,
                 bucket_rows=file.bucket_rows,
+                generation=generation,
             )
             for file in written
         )

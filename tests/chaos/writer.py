@@ -63,8 +63,12 @@ def _encode(store: ObjectStore, spec: ShardSpec, manifest: DatasetManifest, conf
                 writer.write(record)
             written = writer.finish()
         files = tuple(
-            replace(
-                put_data_file(store, f.path, shard_id=spec.shard_id, content=f.content, num_rows=f.num_rows),
+            put_data_file(
+                store,
+                f.path,
+                shard_id=spec.shard_id,
+                content=f.content,
+                num_rows=f.num_rows,
                 bucket_rows=f.bucket_rows,
             )
             for f in written

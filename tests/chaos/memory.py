@@ -1,0 +1,87 @@
+"""Whether driver and actor grow while they work: one long run on many small shards, their memory written down.
+
+    PYTHONPATH=.:tests python -m chaos.memory --minutes 120 --output memory.json
+
+Prints a table: memory at the start and at the end, and the slope per hour without the first minutes, in which caches
+fill. The slope is the median of the slopes between all pairs of samples (Theil and Sen), so that single peaks do not
+count. Memory is what a process has for itself (USS): pages shared with others are not its own growth.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from itertools import combinations
+from pathlib import Path
+
+import psutil
+from builders import CLIP_STILLS, CLIP_VIDEOS, pack_clips
+from integration.jobs_under_test import SMALL, RunningJob
+
+_WARM_UP_SHARE = 1 / 6
+_MOST_SHARDS = 30_000
+_SECONDS_BETWEEN = 15.0
+
+
+def slope_per_hour(samples: Sequence[tuple[float, float]]) -> float:
+    """Median slope of (seconds, value) over all pairs of samples, per hour."""
+    pairs = combinations(samples, 2)
+    return statistics.median((b[1] - a[1]) / (b[0] - a[0]) for a, b in pairs) * 3600
+
+
+def watch(minutes: float) -> dict[str, list[tuple[float, float]]]:
+    """Runs the job for so long; process -> (seconds since the first sample, MiB)."""
+    samples: dict[str, list[tuple[float, float]]] = {"driver": [], "actor": []}
+    with (
+        tempfile.TemporaryDirectory(prefix="lm-memory-") as folder,
+        tempfile.TemporaryDirectory(prefix="lm", dir="/tmp", ignore_cleanup_errors=True) as ray_home,
+    ):
+        tars, output = Path(folder, "in"), Path(folder, "latents")
+        (tar,) = pack_clips(tars, 1, (*CLIP_VIDEOS, *CLIP_STILLS)[:4])
+        for number in range(1, _MOST_SHARDS):
+            os.link(tar, tars / f"{number:05d}.tar")
+        flags = ["--input", str(tars), "--output", str(output), "--num-actors", "1", *SMALL]
+        with RunningJob(flags, {"HOME": ray_home, "RAY_TMPDIR": ray_home}) as job:
+            job.wait_until(lambda: any(output.glob("commits/*/*.json")), "the first commit was there", 600)
+            (actor,) = job.find("ray::EncodeActor")
+            began = time.monotonic()
+            while time.monotonic() - began < 60 * minutes:
+                assert job.process.poll() is None, f"the job ended:\n{job.said()[-2000:]}"
+                for name, process in (("driver", job.process), ("actor", actor)):
+                    mib = psutil.Process(process.pid).memory_full_info().uss / 2**20
+                    samples[name].append((time.monotonic() - began, mib))
+                time.sleep(_SECONDS_BETWEEN)
+            assert actor.is_running(), "the actor was replaced, so its memory says nothing"
+            job.process.send_signal(signal.SIGTERM)
+            outcome = job.end(600)
+        assert outcome.code == 130, outcome.said[-2000:]
+        print(f"{outcome.result.get('num_shards_done')} shards in {minutes:.0f} minutes", file=sys.stderr)
+    return samples
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--minutes", type=float, default=120)
+    parser.add_argument("--output", type=Path, default=None, help="the samples as JSON")
+    flags = parser.parse_args()
+    samples = watch(flags.minutes)
+    if flags.output is not None:
+        flags.output.write_text(json.dumps(samples))
+    print("| process | MiB when caches were full | MiB at the end | slope, MiB per hour |\n|---|---|---|---|")
+    for name, values in samples.items():
+        steady = [value for value in values if value[0] >= _WARM_UP_SHARE * 60 * flags.minutes]
+        slope = slope_per_hour(steady)
+        print(f"| {name} | {steady[0][1]:.1f} | {steady[-1][1]:.1f} | {slope:+.2f} |")
+    return 0
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    sys.exit(main())
