@@ -323,7 +323,7 @@ class Trainer:
             assert self._discriminator_optimizer is not None
             names = {id(p): n for n, p in self.discriminator.named_parameters()}
             state["discriminator"] = self.discriminator.state_dict()
-            state["discriminator_optimizer"] = _optimizer_state(self._discriminator_optimizer, names)
+            state["discriminator_optimizer"] = optimizer_state(self._discriminator_optimizer, names)
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -350,7 +350,7 @@ class Trainer:
         if self._discriminator_optimizer is not None and "discriminator_optimizer" in state:
             assert self.discriminator is not None
             names = {id(p): n for n, p in self.discriminator.named_parameters()}
-            _load_optimizer_state(self._discriminator_optimizer, names, state["discriminator_optimizer"])
+            load_optimizer_state(self._discriminator_optimizer, names, state["discriminator_optimizer"])
 
     def _stage_at(self, step: int) -> tuple[int, int]:
         """The stage of a step, and the step's number in it; the end belongs to the last stage."""
@@ -370,7 +370,7 @@ class Trainer:
             carried = self._generator_optimizer_state()
             self._losses[index].load_state_dict(self._losses[self._stage_index].state_dict(), strict=False)
             if self._discriminator_optimizer is not None:
-                carried_discriminator = _optimizer_state(self._discriminator_optimizer, disc_names)
+                carried_discriminator = optimizer_state(self._discriminator_optimizer, disc_names)
         self._stage_index = index
         loss = self._losses[index]
         by_factor: dict[float, list[nn.Parameter]] = {}
@@ -398,7 +398,7 @@ class Trainer:
             lr = stage.lr if stage.discriminator_lr is None else stage.discriminator_lr
             parameters = [{"params": list(self.discriminator.parameters()), "factor": 1.0}]
             self._discriminator_optimizer = self._adamw(parameters, lr)
-            _load_optimizer_state(self._discriminator_optimizer, disc_names, carried_discriminator)
+            load_optimizer_state(self._discriminator_optimizer, disc_names, carried_discriminator)
             self._discriminator_pass = _DiscriminatorPass(self.discriminator, loss)
         if self._is_distributed:
             self._generator = _distributed(self._generator)
@@ -414,14 +414,14 @@ class Trainer:
 
     def _generator_optimizer_state(self) -> dict[str, dict[str, Tensor]]:
         names = self._names(self._stage_index)
-        state = _optimizer_state(self._optimizer, names)
-        return state if self._kernels is None else state | _optimizer_state(self._kernels.optimizer, names)
+        state = optimizer_state(self._optimizer, names)
+        return state if self._kernels is None else state | optimizer_state(self._kernels.optimizer, names)
 
     def _load_generator_optimizer_state(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
         names = self._names(self._stage_index)
-        _load_optimizer_state(self._optimizer, names, state)
+        load_optimizer_state(self._optimizer, names, state)
         if self._kernels is not None:
-            _load_optimizer_state(self._kernels.optimizer, names, state)
+            load_optimizer_state(self._kernels.optimizer, names, state)
 
     def _names(self, stage_index: int) -> dict[int, str]:
         names = {id(p): f"vae.{n}" for n, p in self.vae.named_parameters()}
@@ -451,7 +451,7 @@ class Trainer:
             total, logs, reconstruction = self._generator(clips, step, rng, self.discriminator, has_decoder_term)
         total.backward()
         losses |= logs
-        norm, is_finite = _clip(self._trained, self.config.clip_norm)
+        norm, is_finite = clip_gradient(self._trained, self.config.clip_norm)
         losses["gradient_norm"] = norm
         if is_finite:
             for group in self._optimizer.param_groups:
@@ -474,7 +474,7 @@ class Trainer:
             loss, logs = self._discriminator_pass(clips, reconstruction)
         loss.backward()
         losses |= logs
-        norm, is_finite = _clip(list(self.discriminator.parameters()), self.config.clip_norm)
+        norm, is_finite = clip_gradient(list(self.discriminator.parameters()), self.config.clip_norm)
         losses["discriminator_gradient_norm"] = norm
         if is_finite:
             self._discriminator_optimizer.step()
@@ -589,7 +589,7 @@ def _distributed(module: nn.Module) -> nn.Module:
     )
 
 
-def _clip(parameters: Iterable[nn.Parameter], clip_norm: float) -> tuple[Tensor, bool]:
+def clip_gradient(parameters: Iterable[nn.Parameter], clip_norm: float) -> tuple[Tensor, bool]:
     """Shortens the gradient to a length; gives the length that it had, and whether that is finite."""
     gradients = [p.grad for p in parameters if p.grad is not None]
     norm = nn.utils.get_total_norm(gradients, foreach=True)
@@ -599,12 +599,12 @@ def _clip(parameters: Iterable[nn.Parameter], clip_norm: float) -> tuple[Tensor,
     return norm.detach(), math.isfinite(length)
 
 
-def _optimizer_state(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> dict[str, dict[str, Tensor]]:
+def optimizer_state(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> dict[str, dict[str, Tensor]]:
     """The moments by parameter name: indices would mean other parameters in another stage."""
     return {names[id(parameter)]: dict(state) for parameter, state in optimizer.state.items()}
 
 
-def _load_optimizer_state(
+def load_optimizer_state(
     optimizer: torch.optim.Optimizer, names: Mapping[int, str], state: Mapping[str, Mapping[str, Tensor]]
 ) -> None:
     for group in optimizer.param_groups:

@@ -1,9 +1,8 @@
 """Checkpoints of a training on a disk: whole or not there, and only the ones worth keeping.
 
-    OUTPUT/checkpoints/step-0000001000/model/             the VAE, as it is in training (a published folder)
-                                       ema/               its moving average (a published folder)
-                                       training.safetensors   optimisers, discriminator, learned scalars
+    OUTPUT/checkpoints/step-0000001000/training.safetensors   what a training goes on from: optimisers, averages, ...
                                        training.json      step, places in the inputs, sums of the losses not yet logged
+                                       ...                folders that the training adds, such as models
 
 Not an entry point and not where training happens: `jobs/training_loop.py` asks for these. A folder is written under
 another name, synced and renamed, so that one with a step in its name is complete.
@@ -17,6 +16,7 @@ import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,14 +25,25 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-import cvvae
-from cvvae.model import CVVAE
-from cvvae.training import Trainer
 from pipeline.errors import StorageError, UsageError
 
 _NAME = re.compile(r"step-(\d{10})")
 _UNFINISHED = ".unfinished-"
-_STATES = ("optimizer", "discriminator", "discriminator_optimizer", "loss")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class State:
+    """What a training can go on from.
+
+    Attributes:
+        tensors: name -> tensors by key, or by two keys; no key holds a slash.
+        numbers: of the trainer, JSON-safe.
+        more: of the loop around it, JSON-safe.
+    """
+
+    tensors: Mapping[str, Mapping[str, Any]]
+    numbers: Mapping[str, Any]
+    more: Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,41 +53,27 @@ class Checkpoint:
     step: int
     folder: Path
 
-    def load_vae(self) -> CVVAE:
-        """The VAE as it was in training.
+    def read(self) -> State:
+        """The state that `write_checkpoint` was given; names without a tensor are left out.
 
         Raises:
             UsageError: the folder is damaged.
         """
-        try:
-            return cvvae.load(self.folder / "model")
-        except ValueError as error:
-            raise UsageError(f"the checkpoint {self.folder} cannot be read: {error}; {_REMEDY}") from error
-
-    def restore(self, trainer: Trainer) -> Mapping[str, Any]:
-        """Puts the state into a trainer; gives what `write_checkpoint` was given besides.
-
-        Raises:
-            UsageError: the folder is damaged.
-            TrainingError: it holds another model.
-        """
-        try:
+        with self.reading():
             document = json.loads((self.folder / "training.json").read_text(encoding="utf-8"))
             tensors = load_file(self.folder / "training.safetensors")
-            state: dict[str, Any] = {name: _unfolded(name, tensors) for name in _STATES}
-            state["vae"] = cvvae.load(self.folder / "model").state_dict()
-            if (self.folder / "ema").is_dir():
-                state["ema"] = cvvae.load(self.folder / "ema").state_dict()
-        except (OSError, ValueError, SafetensorError) as error:
-            raise UsageError(f"the checkpoint {self.folder} cannot be read: {error}; {_REMEDY}") from error
-        for name in ("discriminator", "discriminator_optimizer"):
-            if not state[name]:
-                del state[name]
-        trainer.load_state_dict({**state, **document["trainer"]})
-        return dict(document["more"])
+            return State(tensors=_unfolded(tensors), numbers=document["trainer"], more=document["more"])
 
-
-_REMEDY = "remove the folder to go on from the one before it"
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Within it, whatever cannot be read of the folder is a UsageError that says what to do."""
+        try:
+            yield
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            raise UsageError(
+                f"the checkpoint {self.folder} cannot be read: {error}; remove the folder to go on from the one before "
+                "it"
+            ) from error
 
 
 def checkpoints_in(output: Path) -> list[Checkpoint]:
@@ -87,27 +84,27 @@ def checkpoints_in(output: Path) -> list[Checkpoint]:
     return [Checkpoint(step=int(match[1]), folder=folder / name) for match, name in found]
 
 
-def write_checkpoint(output: Path, trainer: Trainer, more: Mapping[str, Any]) -> Checkpoint:
-    """Writes the state of a trainer after its last step, with more JSON-safe values beside it.
+def write_checkpoint(
+    output: Path, step: int, state: State, write_more: Callable[[Path], None] | None = None
+) -> Checkpoint:
+    """Writes the state of a training after a step; `write_more` adds folders of its own.
 
     Raises:
         StorageError: the folder cannot be written.
     """
-    place = output / "checkpoints" / f"step-{trainer.step:010d}"
-    state = trainer.state_dict()
-    numbers = {name: value for name, value in state.items() if isinstance(value, int)}
-    tensors = {key: value for name in _STATES if name in state for key, value in _folded(name, state[name])}
-    document = json.dumps({"version": 1, "trainer": numbers, "more": dict(more)}, indent=1, sort_keys=True)
+    place = output / "checkpoints" / f"step-{step:010d}"
+    tensors = {key: value for name, tree in state.tensors.items() for key, value in _folded(name, tree)}
+    values = {"version": 1, "trainer": dict(state.numbers), "more": dict(state.more)}
+    document = json.dumps(values, indent=1, sort_keys=True)
 
     def write(folder: Path) -> None:
-        trainer.vae.save_pretrained(folder / "model")
-        if trainer.ema is not trainer.vae:
-            trainer.ema.save_pretrained(folder / "ema")
+        if write_more is not None:
+            write_more(folder)
         save_file(tensors, folder / "training.safetensors")
         (folder / "training.json").write_text(document + "\n", encoding="utf-8")
 
     write_folder(place, write)
-    return Checkpoint(step=trainer.step, folder=place)
+    return Checkpoint(step=step, folder=place)
 
 
 def write_folder(place: Path, write: Callable[[Path], None]) -> None:
@@ -169,14 +166,12 @@ def _folded(name: str, state: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]
             yield from _folded(f"{name}/{key}", value)
 
 
-def _unfolded(name: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    state: dict[str, Any] = {}
+def _unfolded(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
+    state: dict[str, dict[str, Any]] = {}
     for key, value in tensors.items():
-        first, *inner = key.split("/")
-        if first != name:
-            continue
-        if len(inner) == 1:
-            state[inner[0]] = value
+        name, first, *second = key.split("/")
+        if second:
+            state.setdefault(name, {}).setdefault(first, {})[second[0]] = value
         else:
-            state.setdefault(inner[0], {})[inner[1]] = value
+            state.setdefault(name, {})[first] = value
     return state

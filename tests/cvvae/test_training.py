@@ -19,8 +19,8 @@ from cvvae.training import (
     Trainer,
     TrainerConfig,
     TrainingError,
-    _load_optimizer_state,
     from_mapping,
+    load_optimizer_state,
 )
 
 PUBLISHED = {"_class_name": "CVVAEModel", "z_channels": 4, "ch": 8, "ch_mult": [1, 1, 1, 1], "num_res_blocks": 1}
@@ -336,7 +336,7 @@ def test_all_of_a_saved_optimiser_goes_to_the_device_of_its_parameter() -> None:
     parameter = torch.nn.Parameter(torch.zeros(2, device="meta"))
     optimizer = torch.optim.AdamW([parameter])
     state = {"step": torch.tensor(3.0), "exp_avg": torch.zeros(2), "exp_avg_sq": torch.zeros(2)}
-    _load_optimizer_state(optimizer, {id(parameter): "weight"}, {"weight": state})
+    load_optimizer_state(optimizer, {id(parameter): "weight"}, {"weight": state})
     moved = optimizer.state[parameter]
     assert {name: value.device.type for name, value in moved.items()} == dict.fromkeys(state, "meta")
 

@@ -28,7 +28,8 @@ from cvvae.teachers import FrozenTeacher, TinyImageVAE
 from cvvae.training import StepReport
 from jobs.train_vae import PARTS, main, read_job
 from jobs.training_checkpoints import checkpoints_in, write_folder
-from jobs.training_loop import ModelConfig, OptimisationConfig, _Journal, initial_vae
+from jobs.training_loop import Journal
+from jobs.vae_training import ModelConfig, OptimisationConfig, initial_vae
 from pipeline.config import argument_parser
 from pipeline.errors import StorageError, UsageError
 
@@ -253,7 +254,7 @@ def test_a_folder_that_cannot_be_written_is_a_storage_error_and_leaves_nothing(t
 
 def test_all_sums_of_losses_lie_on_the_device_of_the_training(tmp_path: Path) -> None:
     # Of a device that no machine lacks; a row of sums from two devices could not be made.
-    journal = _Journal(tmp_path, torch.device("meta"), is_writing=False)
+    journal = Journal(tmp_path, torch.device("meta"), is_writing=False)
     journal.go_on(4, {"decoder": (1.5, 2)})
     journal.add(StepReport(step=4, losses={"total": torch.zeros((), device="meta")}, lr=1e-3, is_skipped=False))
     journal.add(StepReport(step=5, losses={}, lr=1e-3, is_skipped=True))
@@ -265,12 +266,12 @@ def test_all_sums_of_losses_lie_on_the_device_of_the_training(tmp_path: Path) ->
 
 
 def test_a_row_says_which_share_of_its_steps_was_skipped_and_means_of_the_others(tmp_path: Path) -> None:
-    journal = _Journal(tmp_path, torch.device("cpu"), is_writing=True)
+    journal = Journal(tmp_path, torch.device("cpu"), is_writing=True)
     journal.begin()
     for step, (loss, is_skipped) in enumerate([(1.0, False), (float("nan"), True), (3.0, False), (2.0, False)]):
         report = StepReport(step=step, losses={"total": torch.tensor(loss)}, lr=1e-3, is_skipped=is_skipped)
         journal.add(report)
-    journal.write_row(4, "joint", 1e-3)
+    journal.write_row(4, 1e-3, {"stage": "joint"})
     assert rows(tmp_path) == [{"step": 4, "stage": "joint", "lr": 1e-3, "skipped": 0.25, "total": 2.0}]
 
 
