@@ -456,8 +456,14 @@ def publish_snapshot(store: ObjectStore) -> Snapshot:
 
 def latest_snapshot(store: ObjectStore) -> Snapshot | None:
     """The snapshot with the highest number, or None before the first."""
+    number = latest_snapshot_number(store)
+    return None if number is None else read_snapshot(store, number)
+
+
+def latest_snapshot_number(store: ObjectStore) -> int | None:
+    """The highest number of a snapshot, or None before the first."""
     numbers = [int(match[1]) for info in store.list("snapshots/") if (match := _SNAPSHOT_KEY.fullmatch(info.key))]
-    return read_snapshot(store, max(numbers)) if numbers else None
+    return max(numbers, default=None)
 
 
 def read_snapshot(store: ObjectStore, number: int) -> Snapshot:

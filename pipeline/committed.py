@@ -1,40 +1,43 @@
-"""Rows of committed files, checked, wherever the store is.
+"""Committed files, checked, wherever the store is: which rows of them count, and where their bytes are kept.
 
-Not where rows are chosen (`epoch`) or become batches (`dataset`, the caller). A file is only ever reached through the
-commit that names it, and every process checks size and SHA-256 when it opens one. Files of a local folder are mapped
-where they are; those of a remote store are kept in a cache folder that all processes of a machine share. What several
-generations of a shard say of one sample is merged here.
+Not where rows are read (`rows`). A file is only ever reached through the commit that names it, and size and SHA-256 are
+checked when it is opened. Files of a local folder are mapped where they are; those of a remote store are kept in a
+cache folder that all processes of a machine share. What several generations of a shard say of one sample is merged
+here. `rows` and `columns` read training data through the cache; `redo` and `audit` ask for the outcome of a shard.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import re
 import time
-from collections import Counter, OrderedDict
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import IO
 from uuid import uuid4
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from pipeline.commit import DecidedShard, decided_shards, fetch_data_file, read_data_file
 from pipeline.errors import DamagedObjectError, StorageNotFoundError
 from pipeline.records import ClipFailure, Commit, FileStat, ShardCounts
 from pipeline.storage import ObjectStore
-from pipeline.stored import RecordFile, StoredRecord, open_records, read_rejections
+from pipeline.stored import RecordFile, open_records, read_rejections
 
-_READ_COLUMNS = ("caption", "fps", "bucket")
 _MAX_FETCHES = 10
 _KEPT = re.compile(r"[0-9a-f]{64}\.(parquet|webdataset)")
 _PARTIAL = re.compile(_KEPT.pattern + r"\.[0-9a-f]{32}\.partial")
 # Longer than any fetch of one file takes; what a killed process left behind may go then.
 _ABANDONED_AFTER_S = 86_400.0
-_V = TypeVar("_V")
+# What is removed at once when the cache is full, so that not every fetch has to look through the folder.
+_ROOM_SHARE = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,13 +46,25 @@ class DataFile:
 
     Attributes:
         bucket_rows: rows that count, per bucket.
-        dropped: row numbers that an earlier generation of the shard has already.
+        counted: a bit for each row (`np.packbits`), set where it counts; None: all do.
+        num_matching: rows of the file that match the filter in use, whether or not they count; None without one.
     """
 
     shard_id: str
     stat: FileStat
     bucket_rows: Mapping[str, int]
-    dropped: frozenset[int] = field(default_factory=frozenset)
+    counted: bytes | None = None
+    num_matching: int | None = None
+
+    def mask(self) -> npt.NDArray[np.bool_]:
+        """`(num_rows,)`, which rows count."""
+        if self.counted is None:
+            return np.ones(self.stat.num_rows, np.bool_)
+        return np.unpackbits(np.frombuffer(self.counted, np.uint8), count=self.stat.num_rows).astype(np.bool_)
+
+    def with_mask(self, mask: npt.NDArray[np.bool_], buckets: Sequence[str]) -> DataFile:
+        """The same file with other rows that count; `buckets` has the bucket of each of them."""
+        return replace(self, bucket_rows=dict(sorted(Counter(buckets).items())), counted=np.packbits(mask).tobytes())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,7 +104,8 @@ def shard_outcome(shard: DecidedShard, store: ObjectStore, cache: FileCache) -> 
         ]
         standing += [(commit.generation, failure) for failure in failures]
         stat = _file_with_latents(commit)
-        rows = [] if stat is None else _open(stat, store, cache).read_columns(("key", "clip_index", "num_frames"))
+        file = None if stat is None else open_checked(stat, store, cache)
+        rows = [] if file is None else file.read_columns(("key", "clip_index", "num_frames"))
         for key, clip_index, frames in rows:
             if (key, clip_index) not in generations:
                 generations[key, clip_index] = commit.generation
@@ -175,111 +191,44 @@ def _merged_generations(
 ) -> Iterator[DataFile]:
     seen: set[tuple[str, int]] = set()
     for stat in stats:
-        rows = _open(stat, store, cache).read_columns(("key", "clip_index", "bucket"))
-        dropped = frozenset(number for number, (key, clip_index, _) in enumerate(rows) if (key, clip_index) in seen)
+        rows = open_checked(stat, store, cache).read_columns(("key", "clip_index", "bucket"))
+        mask = np.array([(key, clip_index) not in seen for key, clip_index, _ in rows])
         seen.update((key, clip_index) for key, clip_index, _ in rows)
-        bucket_rows: dict[str, int] = {}
-        for number, (_, _, bucket) in enumerate(rows):
-            if number not in dropped:
-                bucket_rows[bucket] = bucket_rows.get(bucket, 0) + 1
-        if bucket_rows:
-            yield DataFile(shard_id=shard_id, stat=stat, bucket_rows=bucket_rows, dropped=dropped)
+        if mask.any():
+            file = DataFile(shard_id=shard_id, stat=stat, bucket_rows={})
+            yield file.with_mask(mask, [rows[number][2] for number in np.flatnonzero(mask)])
 
 
-def _open(stat: FileStat, store: ObjectStore, cache: FileCache) -> RecordFile:
+def open_checked(stat: FileStat, store: ObjectStore, cache: FileCache) -> RecordFile:
     """A committed file, checked and open for reading.
 
     Raises:
         DamagedObjectError: its bytes are not those that the commit states.
         StorageNotFoundError: it is gone.
     """
-    buffer = cache.checked_bytes(store, stat)
+    return open_bytes(cache.checked_bytes(store, stat), stat, store)
+
+
+def open_bytes(buffer: pa.Buffer, stat: FileStat, store: ObjectStore) -> RecordFile:
+    """Checked bytes, open for reading.
+
+    Raises:
+        DamagedObjectError: they are no file of their kind; the message names the file.
+    """
     try:
         return open_records(buffer, stat.content)
     except DamagedObjectError as error:
         raise DamagedObjectError(f"{store.url(stat.key)}: {error}") from error
 
 
-class RowReader:
-    """Rows of committed files for one process; keeps recently used files open and their row groups decoded."""
-
-    def __init__(
-        self,
-        store: ObjectStore,
-        files: Sequence[DataFile],
-        cache: FileCache,
-        columns: Sequence[str],
-        max_open_files: int,
-        max_bytes: int,
-    ) -> None:
-        self.pid = os.getpid()
-        self._store = store
-        self.data_files = files
-        self._cache = cache
-        self._columns = tuple(dict.fromkeys([*_READ_COLUMNS, *columns]))
-        self._files: _Recent[_OpenFile] = _Recent(max_open_files)
-        self._groups: _Recent[list[StoredRecord]] = _Recent(max_bytes)
-
-    def record(self, file: int, bucket: str, number: int) -> StoredRecord:
-        """The row with this number among the rows of the bucket that count in the file."""
-        opened = self._files.get(file, lambda: self._opened(file), lambda _: 1)
-        group, index = opened.places[bucket][number]
-        return self._groups.get(
-            (file, group),
-            lambda: opened.records.read_group(group, self._columns),
-            lambda records: sum(record.latent.nbytes + _text_bytes(record.columns) for record in records),
-        )[index]
-
-    def _opened(self, file: int) -> _OpenFile:
-        data_file = self.data_files[file]
-        records = _open(data_file.stat, self._store, self._cache)
-        places: dict[str, list[tuple[int, int]]] = {}
-        rows = ((group, index) for group, num_rows in enumerate(records.group_rows) for index in range(num_rows))
-        for number, ((bucket,), place) in enumerate(zip(records.read_columns(("bucket",)), rows, strict=True)):
-            if number not in data_file.dropped:
-                places.setdefault(bucket, []).append(place)
-        found = {bucket: len(rows) for bucket, rows in places.items()}
-        if found != {bucket: rows for bucket, rows in data_file.bucket_rows.items() if rows}:
-            raise DamagedObjectError(
-                f"{self._store.url(data_file.stat.key)} has the rows {found} per bucket, its commit states "
-                f"{dict(data_file.bucket_rows)}"
-            )
-        return _OpenFile(records, places)
-
-
-@dataclass(frozen=True, slots=True)
-class _OpenFile:
-    """An open file with the (group, index in it) of each row that counts, per bucket."""
-
-    records: RecordFile
-    places: Mapping[str, Sequence[tuple[int, int]]]
-
-
-class _Recent(Generic[_V]):
-    """Values by key, the least recently used dropped while their weights are over a limit (one always stays)."""
-
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._weight = 0
-        self._entries: OrderedDict[Hashable, tuple[_V, int]] = OrderedDict()
-
-    def get(self, key: Hashable, load: Callable[[], _V], weigh: Callable[[_V], int]) -> _V:
-        if key in self._entries:
-            self._entries.move_to_end(key)
-            return self._entries[key][0]
-        value = load()
-        self._entries[key] = value, weigh(value)
-        self._weight += self._entries[key][1]
-        while self._weight > self._limit and len(self._entries) > 1:
-            self._weight -= self._entries.popitem(last=False)[1][1]
-        return value
-
-
 class FileCache:
     """Verified bytes of committed files: mapped in place where the store is a local folder, else kept in a folder.
 
     Kept files are named by their SHA-256, so datasets and processes share the folder; one appears under its name
-    complete, and a file that is removed while it is mapped stays readable. Other files in the folder are left alone.
+    complete, and of several processes that want it one fetches. When the kept files reach the limit, those that were
+    opened longest ago are removed; one that is removed while it is mapped stays readable. On the disk there are at most
+    `limit_bytes`, and beside them what is being fetched and what was removed while it is mapped. Other files in the
+    folder are left alone.
     """
 
     def __init__(self, folder: Path, limit_bytes: int) -> None:
@@ -293,64 +242,122 @@ class FileCache:
             DamagedObjectError: the store holds other bytes.
             StorageNotFoundError: the store does not hold the file.
         """
+        return self.bytes_checked_once(store, stat, 0)[0]
+
+    def bytes_checked_once(self, store: ObjectStore, stat: FileStat, checked: int) -> tuple[pa.Buffer, int]:
+        """The bytes of a file and what stands for this check of it; the same bytes are not checked again.
+
+        Args:
+            checked: what came back when it was opened before, in any process of this machine; 0 for the first time.
+
+        Raises:
+            DamagedObjectError: the store holds other bytes.
+            StorageNotFoundError: the store does not hold the file.
+        """
         url = store.url(stat.key)
         if "://" not in url:
-            if not os.path.exists(url):
-                raise StorageNotFoundError(f"{url} is committed but does not exist; restore it, or encode again")
-            buffer = _mapped(Path(url))
-            if not _is_as_stated(buffer, stat):
-                raise DamagedObjectError(
-                    f"{url} does not have the {stat.num_bytes} bytes with SHA-256 {stat.sha256} that its commit "
-                    "states; the file is damaged: restore it, or have its shard encoded again: latentmill verify "
-                    "--requeue"
-                )
-            return buffer
+            return _local_bytes(url, stat, checked)
         path = self._folder / f"{stat.sha256}.{stat.content}"
         for _ in range(_MAX_FETCHES):
             # Another process may make room by removing the file between any two of these steps.
             try:
-                os.utime(path)
+                changed_at = path.stat().st_mtime_ns
+                # What was opened longest ago goes first; the time of change stays, which the check belongs to.
+                os.utime(path, ns=(time.time_ns(), changed_at))
                 buffer = _mapped(path)
             except FileNotFoundError:
-                self._fetch(store, stat, path)
-                continue
-            if _is_as_stated(buffer, stat):
-                return buffer
+                fetched = self._fetch(store, stat, path)
+                if fetched is None:
+                    continue
+                return fetched
+            if _is_as_stated(buffer, stat, is_checked=changed_at == checked):
+                return buffer, changed_at
             path.unlink(missing_ok=True)
         raise DamagedObjectError(
             f"{path} was fetched from {url} again and again, and was removed or damaged each time before it could be "
             "read; give a cache_dir on another disk or a larger cache_bytes"
         )
 
-    def _fetch(self, store: ObjectStore, stat: FileStat, path: Path) -> None:
-        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.name}.{uuid4().hex}.partial")
-        try:
-            fetch_data_file(store, stat, partial)
-            with suppress(FileNotFoundError):  # somebody emptied the folder; the caller fetches again
-                partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
-        self._make_room(path)
+    def _fetch(self, store: ObjectStore, stat: FileStat, path: Path) -> tuple[pa.Buffer, int] | None:
+        """Fetches and checks a file; None where another process just did."""
+        with self._lock(stat.sha256[:2]):
+            if path.exists():
+                return None
+            partial = path.with_name(f"{path.name}.{uuid4().hex}.partial")
+            try:
+                fetch_data_file(store, stat, partial)
+                # Mapped before it can be removed to make room for another.
+                fetched = _mapped(partial), partial.stat().st_mtime_ns
+                self._keep(partial, path, stat.num_bytes)
+                return fetched
+            except FileNotFoundError:
+                return None  # somebody emptied the folder
+            finally:
+                partial.unlink(missing_ok=True)
 
-    def _make_room(self, newest: Path) -> None:
-        kept: list[tuple[float, int, Path]] = []
+    @contextmanager
+    def _lock(self, name: str) -> Iterator[IO[str]]:
+        folder = self._folder / ".locks"
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with (folder / name).open("a+", encoding="ascii") as file:
+            # Some network disks have no locks: then a file may be fetched twice, and the limit is passed for a while.
+            with suppress(OSError):
+                fcntl.flock(file, fcntl.LOCK_EX)
+            try:
+                yield file
+            finally:
+                # Closing does not suffice where a process was forked meanwhile.
+                file.flush()
+                with suppress(OSError):
+                    fcntl.flock(file, fcntl.LOCK_UN)
+
+    def _keep(self, partial: Path, path: Path, num_bytes: int) -> None:
+        """Gives a file its name, and removes others first if there would be too many bytes.
+
+        The sum that all processes keep is never too small: a file that somebody else removes counts until the folder is
+        looked through again.
+        """
+        with self._lock("room") as file:
+            file.seek(0)
+            text = file.read()
+            total = int(text) + num_bytes if text.isdigit() else self._limit_bytes + 1
+            if total > self._limit_bytes:
+                total = self._remove_oldest(self._limit_bytes - num_bytes) + num_bytes
+            file.truncate(0)
+            file.write(str(total))
+            partial.replace(path)
+
+    def _remove_oldest(self, limit_bytes: int) -> int:
+        """Removes files until there are fewer bytes, if there are more; the bytes that are left."""
+        kept: list[tuple[int, int, Path]] = []
         for path in self._folder.iterdir():
             with suppress(FileNotFoundError):
                 status = path.stat()
                 if _KEPT.fullmatch(path.name) or (_PARTIAL.fullmatch(path.name) and _is_abandoned(status.st_mtime)):
-                    kept.append((status.st_mtime, status.st_size, path))
+                    kept.append((status.st_atime_ns, status.st_size, path))
         num_bytes = sum(size for _, size, _ in kept)
+        if num_bytes > limit_bytes:
+            limit_bytes -= self._limit_bytes // _ROOM_SHARE
         for _, size, path in sorted(kept):
-            if num_bytes <= self._limit_bytes:
+            if num_bytes <= limit_bytes:
                 break
-            if path != newest:
-                path.unlink(missing_ok=True)
-                num_bytes -= size
+            path.unlink(missing_ok=True)
+            num_bytes -= size
+        return num_bytes
 
 
-def _text_bytes(columns: Mapping[str, object]) -> int:
-    return sum(len(value) for value in columns.values() if isinstance(value, str))
+def _local_bytes(path: str, stat: FileStat, checked: int) -> tuple[pa.Buffer, int]:
+    try:
+        changed_at = os.stat(path).st_mtime_ns
+        buffer = _mapped(Path(path))
+    except FileNotFoundError as error:
+        raise StorageNotFoundError(f"{path} is committed but does not exist; restore it, or encode again") from error
+    if not _is_as_stated(buffer, stat, is_checked=changed_at == checked):
+        raise DamagedObjectError(
+            f"{path} does not have the {stat.num_bytes} bytes with SHA-256 {stat.sha256} that its commit states; the "
+            "file is damaged: restore it, or have its shard encoded again: latentmill verify --requeue"
+        )
+    return buffer, changed_at
 
 
 def _is_abandoned(changed_at: float) -> bool:
@@ -361,5 +368,7 @@ def _mapped(path: Path) -> pa.Buffer:
     return pa.memory_map(str(path)).read_buffer() if path.stat().st_size else pa.py_buffer(b"")
 
 
-def _is_as_stated(buffer: pa.Buffer, stat: FileStat) -> bool:
-    return buffer.size == stat.num_bytes and hashlib.sha256(buffer).hexdigest() == stat.sha256
+def _is_as_stated(buffer: pa.Buffer, stat: FileStat, is_checked: bool) -> bool:
+    if buffer.size != stat.num_bytes:
+        return False
+    return is_checked or hashlib.sha256(buffer).hexdigest() == stat.sha256

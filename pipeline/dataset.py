@@ -1,10 +1,11 @@
 """Latents back into a training loop: whole batches of one shape, in an exact order that can be resumed anywhere.
 
-Not where the order is decided (`epoch`), nor which shards count (`commit`). Training code imports `LatentDataset` from
-`pipeline`; `cli` draws previews with it. Needs neither Ray nor a video decoder.
+Not where the order is decided (`epoch`), nor which shards count (`commit`), nor what a batch holds (`batches`).
+Training code imports `LatentDataset` from `pipeline`; `cli` draws previews with it. Needs neither Ray nor a video
+decoder.
 
-Only files that a commit names are read, never a listing of `data/`, and each process checks the size and SHA-256 of a
-file when it opens it. Files of a local folder are mapped where they are; those of a remote store are kept in a cache
+Only files that a commit names are read, never a listing of `data/`, and size and SHA-256 of a file are checked when a
+process first opens it. Files of a local folder are mapped where they are; those of a remote store are kept in a cache
 folder that all processes of a machine share.
 """
 
@@ -13,26 +14,79 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
+import torch.distributed
 from torch.utils.data import IterableDataset, get_worker_info
 
-from pipeline.commit import decided_shards, latest_snapshot, load_commits, manifest_of_output, read_snapshot
-from pipeline.committed import DataFile, FileCache, RowReader, data_files
-from pipeline.epoch import REMAINDERS, WINDOW_FILES, GlobalBatch, Remainder, global_batches, num_batches
-from pipeline.errors import DamagedObjectError, StorageNotFoundError, UsageError
+from pipeline.batches import BATCH_NAMES, BatchRecipe
+from pipeline.columns import ColumnSet
+from pipeline.commit import decided_shards, latest_snapshot_number, load_commits, manifest_of_output, read_snapshot
+from pipeline.committed import DataFile, FileCache, data_files
+from pipeline.epoch import (
+    LANES,
+    REMAINDERS,
+    WINDOW_FILES,
+    Ints,
+    Remainder,
+    global_batches,
+    lanes_of_worker,
+    num_batches,
+    shuffled,
+)
+from pipeline.errors import StorageNotFoundError, UsageError
 from pipeline.format import Content, schema
-from pipeline.records import Commit, DatasetManifest
+from pipeline.records import Commit, DatasetManifest, ModelFacts
+from pipeline.rows import PlannedBatch, RowReader
+from pipeline.selection import Filter, expression_of, select
 from pipeline.storage import ObjectStore, open_store
-from pipeline.stored import StoredRecord
 
-STATE_VERSION = 1
-_BATCH_NAMES = ("latents", "caption", "key", "clip_index", "shard_id", "fps", "is_padding", "bucket", "cursor")
-# diffusers clamps the log-variance of a posterior to this before it draws from it.
-_LOGVAR_RANGE = (-30.0, 20.0)
+STATE_VERSION = 2
+_DEFAULT_BATCH_SIZE = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LatentStats:
+    """What a dataset holds, and how its latents are spread.
+
+    Attributes:
+        bucket_rows: rows of an epoch over all ranks, by bucket.
+        num_samples: rows that were read for the rest.
+        mean, deviation: of each channel, over all positions of these rows, as the dataset gives latents out; of the
+            posterior mean, whatever is sampled.
+    """
+
+    bucket_rows: Mapping[str, int]
+    num_samples: int
+    mean: tuple[float, ...]
+    deviation: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Plan:
+    """What of a snapshot is read: files, and the rows of each bucket in them.
+
+    Attributes:
+        counts: `(files, buckets)`.
+        file_bytes: `(files,)`.
+        batch_rows: `(buckets,)`, rows of a batch of one rank.
+        digest: of everything that decides the order, the batch sizes excepted.
+        checked: `(files,)`, what stands for the check of a file; in shared memory, so that workers check it once.
+    """
+
+    snapshot: int | None
+    files: tuple[DataFile, ...]
+    buckets: tuple[str, ...]
+    counts: Ints
+    file_bytes: Ints
+    batch_rows: Ints
+    digest: str
+    checked: torch.Tensor
 
 
 class LatentDataset(IterableDataset[dict[str, Any]]):
@@ -46,93 +100,139 @@ class LatentDataset(IterableDataset[dict[str, Any]]):
     * "bucket": WIDTHxHEIGHTxFRAMES of all rows
     * "cursor": the state after this batch, for `load_state_dict`
     * every column of `columns` by its name: a list of B values
+    * with `first_frame` "first_latent": float32 `(B, C, h, w)`, the first frame's, never sampled
+    * with `text` "caption_embedding": float32 `(B, L, D)`, zeros behind each, and "caption_mask": bool `(B, L)`
+    * with `image` "image_embedding": float32 `(B, D)` or `(B, N, D)`
 
-    The order of an epoch depends on the data, `shuffle_seed`, the epoch and `batch_size * world_size`, not on how ranks
-    and workers share it. Ranks take consecutive slices of each global batch. DataLoader asks its workers in turn, and
-    worker w of N prepares the batches w, w + N, ...: batches arrive in order (keep `in_order=True`, the default).
+    The order of an epoch depends on the data, `shuffle_seed`, the epoch and the rows of a global batch (a rank's times
+    `world_size`), not on how ranks and workers share it. Ranks take consecutive slices of each global batch. DataLoader
+    asks its workers in turn, and worker w of N prepares the batches w, w + N, ...: batches arrive in order (keep
+    `in_order=True`, the default). Take 1, 2 or 4 workers: with these no file is decoded by two of them.
 
     Call `set_epoch` before each pass, as with a DistributedSampler. A pass starts at the beginning of the epoch, or
-    where a loaded state says until another epoch is set.
+    where a loaded state says until another epoch is set. Under torchdata's StatefulDataLoader the loader keeps the
+    state, for the same number of workers and ranks; "cursor" fits any number.
+
+    Files are fetched and checked in the background before their rows are due. In memory are decoded rows of about twice
+    `window_bytes` at most, for all workers of a rank together (1, 2 or 4; others hold as much each); in the background
+    up to `window_bytes` of files are on their way to the cache.
 
     Args:
         uri: a local folder or s3://bucket/prefix.
-        batch_size: rows per rank.
+        batch_size: rows per rank, for all buckets or by bucket (`{"256x256x17": 8, "512x512x1": 32}`); 8 unless given.
         shuffle_seed: None keeps the order of the shards and, per bucket, of the rows in them.
         rank, world_size: this process among those that share the data.
         remainder: what becomes of the last rows of a bucket that fill no global batch. "keep": a short last batch, of
             which later ranks get less or nothing; "drop": left out in this epoch; "pad": rows repeat until it is full.
             With "drop" and "pad" every rank gets the same number of batches.
-        snapshot: number of the snapshot to read; None: the latest now, or all commits where there is no snapshot.
+        max_tokens: in place of `batch_size`: as many rows of a bucket as have this many latent positions t * h * w.
+        snapshot: number of the snapshot to read; None: the latest now, or all commits where there is no snapshot. Give
+            all ranks the same number where a job may publish meanwhile.
+        follow: read the latest snapshot, at the start and at each epoch that `set_epoch` begins. With several ranks
+            these calls are collective: rank 0 of torch.distributed says which snapshot all of them take.
         columns: more columns to give out.
+        filter: rows that count: an expression of `pyarrow.compute`, or (column, operator, value) triples as
+            `pyarrow.parquet.read_table` takes them. Opening the dataset then reads these columns of every file (two to
+            four small requests each, 32 files at a time), in every rank; tars are read whole for it.
+        scaled: False gives latents as they are stored.
         sample_posterior: kind "moments" only: draw from the posterior instead of giving its mean. The draw depends on
-            the seed, the epoch and the sample only.
-        window_bytes: files that are shuffled together, at most 128; about the most a worker keeps in memory.
+            the seed, the epoch and the sample only, as those of captions do.
+        captions: columns that hold captions: of those that are not empty one is drawn for each sample.
+        caption_dropout: probability with which a sample gets the empty caption.
+        first_frame: give the latent of the first frame as well.
+        text, image: names of column sets ("text", "image") whose embeddings are given out.
+        window_bytes: files that are shuffled together, at most 128, a quarter of them for each batch.
         cache_dir: where files of a remote store are kept; None: ~/.cache/latentmill.
-        cache_bytes: the least recently used files are removed from the cache above this.
+        cache_bytes: what all processes together keep there. Should hold a few windows of each rank of the machine.
 
     Raises:
         UsageError: an argument is wrong, there is no dataset at `uri`, or it holds no rows.
         DamagedObjectError: while iterating, a file does not have the size or SHA-256 that its commit states.
+        StorageNotFoundError: while iterating, a committed file is not there.
     """
 
     def __init__(
         self,
         uri: str,
-        batch_size: int = 8,
+        batch_size: int | Mapping[str, int] | None = None,
         shuffle_seed: int | None = 0,
         rank: int = 0,
         world_size: int = 1,
         remainder: Remainder = "keep",
         *,
+        max_tokens: int | None = None,
         snapshot: int | None = None,
+        follow: bool = False,
         columns: Sequence[str] = (),
+        filter: Filter | None = None,  # noqa: A002
+        scaled: bool = True,
         sample_posterior: bool = False,
+        captions: Sequence[str] = ("caption",),
+        caption_dropout: float = 0.0,
+        first_frame: bool = False,
+        text: str | None = None,
+        image: str | None = None,
         window_bytes: int = 512 << 20,
         cache_dir: str | Path | None = None,
         cache_bytes: int = 64 << 30,
     ) -> None:
-        _check_arguments(batch_size, shuffle_seed, rank, world_size, remainder)
+        _check_order(shuffle_seed, rank, world_size, remainder)
+        if follow and snapshot is not None:
+            raise UsageError(f"follow reads the latest snapshot, and snapshot={snapshot} pins one; give one of the two")
         self._store = open_store(str(uri))
-        manifest = manifest_of_output(self._store)
-        _check_columns(columns, sample_posterior, manifest, str(uri))
-        self.manifest = manifest
-        self.snapshot, commits = _pinned_commits(self._store, snapshot)
-        self._cache = FileCache(Path(cache_dir) if cache_dir else Path.home() / ".cache" / "latentmill", cache_bytes)
-        self._files = data_files(commits, self._store, self._cache)
-        self._buckets = sorted({bucket for file in self._files for bucket, rows in file.bucket_rows.items() if rows})
-        if not self._buckets:
-            shards = decided_shards(commits)
-            rejected = sum(shard.counts.num_videos_rejected for shard in shards)
-            raise UsageError(
-                f"{uri} holds no latents: {len(shards)} committed shards with {rejected} rejected videos and no record"
-            )
-        self._counts = np.array(
-            [[file.bucket_rows.get(bucket, 0) for bucket in self._buckets] for file in self._files], dtype=np.int64
-        )
-        self._file_bytes = np.array([file.stat.num_bytes for file in self._files], dtype=np.int64)
-        self._digest = _digest(self._files)
-        self._batch_size = batch_size
+        self.manifest = manifest_of_output(self._store)
+        table = schema(self.manifest)
+        _check_columns(columns, captions, table, str(uri))
+        _check_draws(sample_posterior, caption_dropout, self.manifest, str(uri))
+        self._batch_size = _checked_batch_size(batch_size, max_tokens)
+        self._max_tokens = max_tokens
         self._seed = shuffle_seed
         self._rank = rank
         self._world_size = world_size
         self._remainder: Remainder = remainder
-        self._columns = tuple(columns)
-        self._sample_posterior = sample_posterior
+        self._follow = follow
+        self._filter = (
+            None if filter is None else (expression_of(filter, table.remove(table.names.index("latent"))), table)
+        )
         self._window_bytes = window_bytes
-        # (epoch, global batches to pass over). Shared memory, so that persistent workers see a new epoch too.
-        self._start = torch.zeros(2, dtype=torch.int64).share_memory_()
-        self._done = 0
+        self._cache = FileCache(Path(cache_dir) if cache_dir else Path.home() / ".cache" / "latentmill", cache_bytes)
+        self._recipe = BatchRecipe(
+            model=self.manifest.model,
+            seed=shuffle_seed or 0,
+            columns=tuple(columns),
+            is_scaled=scaled,
+            sample_posterior=sample_posterior,
+            captions=tuple(captions),
+            caption_dropout=caption_dropout,
+            first_frame=first_frame,
+            text=None if text is None else ColumnSet.open(self._store, text, self._cache),
+            image=None if image is None else ColumnSet.open(self._store, image, self._cache),
+        )
+        self._plan = self._planned(self._agreed_latest() if follow else snapshot)
+        # Epoch, global batches to pass over, snapshot. Shared memory, so that persistent workers see a new epoch too.
+        self._start = torch.tensor([0, 0, self._plan.snapshot or 0]).share_memory_()
+        # Of this process: epoch, global batches behind it, turns behind it.
+        self._position = 0, 0, 0
+        self._resumed: tuple[int, int, int] | None = None
         self._reader: RowReader | None = None
+
+    @property
+    def snapshot(self) -> int | None:
+        """Number of the snapshot that is read, None where there is none."""
+        return self._plan.snapshot
 
     @property
     def num_records(self) -> int:
         """Rows of an epoch over all ranks, before the remainder is dropped or padded."""
-        return int(self._counts.sum())
+        return int(self._plan.counts.sum())
 
     def __len__(self) -> int:
         """Batches of a whole epoch for this rank."""
-        rows = self._counts.sum(axis=0)
-        return num_batches(rows, self._batch_size, self._rank, self._world_size, self._remainder)
+        return self._num_batches(self._rank)
+
+    def _num_batches(self, rank: int) -> int:
+        rows = self._plan.counts.sum(axis=0)
+        return num_batches(rows, self._plan.batch_rows, rank, self._world_size, self._remainder)
 
     def set_epoch(self, epoch: int) -> None:
         """Chooses the epoch of the next pass; another epoch than before starts at its beginning.
@@ -143,127 +243,233 @@ class LatentDataset(IterableDataset[dict[str, Any]]):
         if epoch < 0:
             raise UsageError(f"epoch {epoch} is negative; epochs count from 0")
         if epoch != int(self._start[0]):
-            self._start[0], self._start[1] = epoch, 0
-            self._done = 0
+            if self._follow:
+                self._turn_to(self._agreed_latest())
+            self._begin_at(epoch, 0)
 
     def state_dict(self) -> dict[str, Any]:
         """The position after the last batch that this object gave out, for any rank; plain JSON values.
 
-        Behind DataLoader workers this object gives out nothing itself: there, take the "cursor" of the last batch.
-
-        Raises:
-            UsageError: called in a DataLoader worker, which has only seen its own share.
+        In a DataLoader worker it is the worker's own: torchdata's StatefulDataLoader asks for it there, and gives it
+        back to the same one of as many workers. Behind a plain DataLoader take the "cursor" of the last batch.
         """
-        if get_worker_info() is not None:
-            raise UsageError(
-                "state_dict() of a DataLoader worker would hold its own position only; "
-                'save batch["cursor"] of the last batch instead, and give it to load_state_dict()'
-            )
-        return self._state(int(self._start[0]), self._done)
+        epoch, passed, turn = self._position
+        worker = get_worker_info()
+        return self._state(epoch, passed) | {"worker": worker and [worker.id, worker.num_workers, turn]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Starts the next pass where the state was taken; the same order goes on, batch by batch.
 
-        Any rank's state serves every rank, also with another world size at the same `batch_size * world_size`.
+        Any rank's state serves every rank, also with another world size at the same global batch. The state of an epoch
+        that is over changes nothing where a later one is set already.
 
         Raises:
-            UsageError: the state is of other data, another seed, window or global batch size.
+            UsageError: the state is of other data, another seed, window or global batch size, or of a worker and this
+                is not the same one.
         """
+        worker, of_worker = get_worker_info(), state.get("worker")
+        if of_worker is not None and (worker is None or [worker.id, worker.num_workers] != list(of_worker[:2])):
+            here = "is none" if worker is None else f"is worker {worker.id} of {worker.num_workers}"
+            raise UsageError(
+                f"the state is that of DataLoader worker {of_worker[0]} of {of_worker[1]}, and this process {here}; "
+                'torchdata\'s StatefulDataLoader loads it with as many workers, and batch["cursor"] fits any number'
+            )
+        if self._follow and state.get("version") == STATE_VERSION:
+            self._turn_to(state["snapshot"])
+        self._refuse_another_order(state)
+        epoch, passed = int(state["epoch"]), int(state["num_global_batches"])
+        if worker is not None:
+            self._resumed = self._position = epoch, passed, 0 if of_worker is None else int(of_worker[2])
+        elif epoch >= int(self._start[0]) or passed < self._num_batches(rank=0):
+            self._begin_at(epoch, passed)
+
+    def _refuse_another_order(self, state: Mapping[str, Any]) -> None:
         now = self._state(0, 0)
-        fixed = [name for name in now if name not in ("epoch", "num_global_batches", "snapshot")]
+        fixed = [name for name in now if name not in ("epoch", "num_global_batches", "snapshot", "worker")]
         other = [
             f"{name} {state.get(name)!r} there, {now[name]!r} here" for name in fixed if state.get(name) != now[name]
         ]
         if other:
             raise UsageError(
-                f"the state does not fit this dataset ({'; '.join(other)}); open it with the same seed, window_bytes "
-                f"and batch_size * world_size, and with snapshot={state.get('snapshot')!r}"
+                f"the state does not fit this dataset ({'; '.join(other)}); open it with the same seed, window_bytes, "
+                "filter and rows of a global batch (batch_size * world_size), and with "
+                f"snapshot={state.get('snapshot')!r}"
             )
-        self._start[0], self._start[1] = state["epoch"], state["num_global_batches"]
-        self._done = int(state["num_global_batches"])
 
-    def _state(self, epoch: int, num_global_batches: int) -> dict[str, Any]:
+    def _begin_at(self, epoch: int, passed: int) -> None:
+        self._start[0], self._start[1], self._start[2] = epoch, passed, self._plan.snapshot or 0
+        self._position = epoch, passed, 0
+
+    def _turn_to(self, snapshot: int | None) -> None:
+        if snapshot != self._plan.snapshot:
+            self._plan = self._planned(snapshot)
+            self._reader = None
+
+    def _state(self, epoch: int, passed: int) -> dict[str, Any]:
+        sizes = (self._plan.batch_rows * self._world_size).tolist()
         return {
             "version": STATE_VERSION,
-            "snapshot": self.snapshot,
-            "data": self._digest,
+            "snapshot": self._plan.snapshot,
+            "data": self._plan.digest,
             "shuffle_seed": self._seed,
             "window_bytes": self._window_bytes,
-            "global_batch_size": self._batch_size * self._world_size,
+            "global_batch_size": dict(zip(self._plan.buckets, sizes, strict=True)),
             "epoch": epoch,
-            "num_global_batches": num_global_batches,
+            "num_global_batches": passed,
+            "worker": None,
         }
 
+    def _agreed_latest(self) -> int:
+        """The latest snapshot as rank 0 sees it: two ranks that look may see different ones."""
+        number = latest_snapshot_number(self._store)
+        if self._world_size > 1:
+            if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+                raise UsageError(
+                    "follow with several ranks needs torch.distributed, initialised before: each rank alone could see "
+                    "another snapshot as the latest. Without it, open a new dataset with snapshot=N in every rank"
+                )
+            agreed = [number]
+            torch.distributed.broadcast_object_list(agreed, src=0)
+            (number,) = agreed
+        if number is None:
+            raise UsageError(f"{self._store.root_uri} has no snapshot to follow yet; a run publishes one when it ends")
+        return number
+
+    def _planned(self, snapshot: int | None) -> _Plan:
+        number, commits = _pinned_commits(self._store, snapshot)
+        files = data_files(commits, self._store, self._cache)
+        if self._filter is not None:
+            files = select(files, *self._filter, self._store, self._cache)
+        buckets = tuple(sorted({bucket for file in files for bucket, rows in file.bucket_rows.items() if rows}))
+        if not buckets:
+            shards = decided_shards(commits)
+            rejected = sum(shard.counts.num_videos_rejected for shard in shards)
+            raise UsageError(
+                f"{self._store.root_uri} holds no latents: {len(shards)} committed shards with {rejected} rejected "
+                f"videos and no record{'' if self._filter is None else ' that matches the filter'}"
+            )
+        counts = [[file.bucket_rows.get(bucket, 0) for bucket in buckets] for file in files]
+        return _Plan(
+            snapshot=number,
+            files=files,
+            buckets=buckets,
+            counts=np.array(counts, dtype=np.int64),
+            file_bytes=np.array([file.stat.num_bytes for file in files], dtype=np.int64),
+            batch_rows=_batch_rows(buckets, self._batch_size, self._max_tokens, self.manifest.model),
+            digest=_digest(files),
+            checked=torch.zeros(len(files), dtype=torch.int64).share_memory_(),
+        )
+
     def __iter__(self) -> Iterator[dict[str, Any]]:
+        # Not a generator itself: StatefulDataLoader asks for the state before the first batch.
+        if self._resumed is None:
+            epoch, passed, snapshot = (int(value) for value in self._start)
+            self._turn_to(snapshot or None)
+            self._position = epoch, passed, 0
+        else:
+            self._position, self._resumed = self._resumed, None
+        return self._batches(*self._position)
+
+    def _batches(self, epoch: int, passed: int, turn: int) -> Iterator[dict[str, Any]]:
         worker = get_worker_info()
         worker_id, num_workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
-        epoch, start = (int(value) for value in self._start)
-        self._done = start
-        first = self._rank * self._batch_size
-        turn = 0
-        for number, batch in enumerate(self._global_batches(epoch), start=1):
-            mine = slice(first, min(first + self._batch_size, len(batch.files)))
-            if number <= start or mine.start >= mine.stop:
-                continue
-            if turn % num_workers == worker_id:
-                loaded = self._load(batch, mine, epoch)
-                loaded["cursor"] = self._state(epoch, number)
-                self._done = number
-                yield loaded
-            turn += 1
+        reader = self._row_reader(num_workers)
+        for batch in reader.with_files_ahead(self._planned_batches(epoch, passed, turn, worker_id, num_workers)):
+            records = [
+                reader.record(file, batch.bucket, number)
+                for file, number in zip(batch.files, batch.numbers, strict=True)
+            ]
+            loaded = self._recipe.batch(records, [self._plan.files[file].shard_id for file in batch.files], epoch)
+            loaded["is_padding"] = list(batch.is_padding)
+            loaded["bucket"] = batch.bucket
+            loaded["cursor"] = self._state(epoch, batch.number)
+            self._position = epoch, batch.number, batch.turn + 1
+            yield loaded
 
-    def _global_batches(self, epoch: int) -> Iterator[GlobalBatch]:
-        return global_batches(
-            self._counts,
-            self._file_bytes,
-            global_batch_size=self._batch_size * self._world_size,
+    def _planned_batches(
+        self, epoch: int, passed: int, turn: int, worker_id: int, num_workers: int
+    ) -> Iterator[PlannedBatch]:
+        plan = self._plan
+        batches = global_batches(
+            plan.counts,
+            plan.file_bytes,
+            batch_rows=plan.batch_rows * self._world_size,
             seed=self._seed,
             epoch=epoch,
             remainder=self._remainder,
             window_bytes=self._window_bytes,
+            num_passed=passed,
         )
+        for number, batch in enumerate(batches, start=passed + 1):
+            rows = int(plan.batch_rows[batch.bucket])
+            start, stop = self._rank * rows, min((self._rank + 1) * rows, batch.num_rows)
+            if start >= stop:
+                return
+            if turn % num_workers == worker_id:
+                files, numbers = batch.places(start, stop)
+                yield PlannedBatch(
+                    number=number,
+                    turn=turn,
+                    bucket=plan.buckets[batch.bucket],
+                    files=files.tolist(),
+                    numbers=numbers.tolist(),
+                    is_padding=[row >= batch.num_distinct for row in range(start, stop)],
+                )
+            turn += 1
 
-    def _load(self, batch: GlobalBatch, mine: slice, epoch: int) -> dict[str, Any]:
+    def _row_reader(self, num_workers: int) -> RowReader:
         # A forked worker inherits what its parent had open; it opens its own.
         if self._reader is None or self._reader.pid != os.getpid():
+            self._reader = self._new_reader(lanes_of_worker(num_workers))
+        return self._reader
+
+    def _new_reader(self, num_lanes: int) -> RowReader:
+        return RowReader(
+            self._store,
+            self._plan.files,
+            self._cache,
+            self._plan.checked.numpy(),
+            self._recipe.read_columns,
+            self._filter,
             # A batch may still hold rows of the window before the current one.
-            limits = 2 * WINDOW_FILES, 2 * self._window_bytes
-            self._reader = RowReader(self._store, self._files, self._cache, self._columns, *limits)
-        bucket = self._buckets[batch.bucket]
-        files = [int(file) for file in batch.files[mine]]
-        numbers = [int(number) for number in batch.numbers[mine]]
-        records = [self._reader.record(file, bucket, number) for file, number in zip(files, numbers, strict=True)]
-        shard_ids = [self._files[file].shard_id for file in files]
-        values: dict[str, Any] = {name: [record.columns[name] for record in records] for name in self._columns}
-        return values | {
-            "latents": self._latents(records, shard_ids, epoch),
-            "caption": [record.columns["caption"] for record in records],
-            "key": [record.key for record in records],
-            "clip_index": [record.clip_index for record in records],
-            "shard_id": shard_ids,
-            "fps": [record.columns["fps"] for record in records],
-            "is_padding": [row >= batch.num_distinct for row in range(mine.start, mine.stop)],
-            "bucket": bucket,
-        }
+            max_open_files=2 * WINDOW_FILES * num_lanes // LANES,
+            window_bytes=self._window_bytes * num_lanes // LANES,
+        )
 
-    def _latents(self, records: Sequence[StoredRecord], shard_ids: Sequence[str], epoch: int) -> torch.Tensor:
-        shapes = {record.mean.shape for record in records}
-        if len(shapes) > 1:
-            raise DamagedObjectError(f"latents of one bucket have the shapes {sorted(shapes)} in shards {shard_ids}")
-        latents = torch.from_numpy(np.stack([record.mean for record in records]).astype(np.float32))
-        if self._sample_posterior:
-            for latent, record, shard_id in zip(latents, records, shard_ids, strict=True):
-                latent += self._noise(record, shard_id, epoch)
-        return latents.sub_(self.manifest.model.shift_factor).mul_(self.manifest.model.scaling_factor)
+    def stats(self, num_samples: int | None = None) -> LatentStats:
+        """Counts, and mean and deviation of each channel.
 
-    def _noise(self, record: StoredRecord, shard_id: str, epoch: int) -> torch.Tensor:
-        """A draw of the posterior less its mean, the same wherever and whenever the sample is read in this epoch."""
-        assert record.logvar is not None, f"{record.key!r} of shard {shard_id} has no log-variance"
-        name = f"{self._seed or 0}/{epoch}/{shard_id}/{record.clip_index}/{record.key}"
-        seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") >> 1
-        logvar = torch.from_numpy(record.logvar.astype(np.float32)).clamp_(*_LOGVAR_RANGE)
-        noise = torch.randn(logvar.shape, generator=torch.Generator().manual_seed(seed))
-        return logvar.mul_(0.5).exp_().mul_(noise)
+        Args:
+            num_samples: about as many rows are read, of files in random order; None: all.
+
+        Raises:
+            DamagedObjectError: a file does not have the size or SHA-256 that its commit states.
+        """
+        plan, reader = self._plan, self._new_reader(1)
+        num_read = num_values = 0
+        sums = squares = np.zeros(self.manifest.model.latent_channels)
+        for file in shuffled(len(plan.files), self._seed or 0, 0, 0).tolist():
+            if num_samples is not None and num_read >= num_samples:
+                break
+            for bucket, rows in plan.files[file].bucket_rows.items():
+                for number in range(rows):
+                    mean = reader.record(file, bucket, number).mean.astype(np.float64)
+                    sums = sums + mean.sum(axis=(1, 2, 3))
+                    squares = squares + (mean * mean).sum(axis=(1, 2, 3))
+                    num_values += mean[0].size
+                num_read += rows
+        average = sums / num_values
+        deviation = np.sqrt(np.maximum(squares / num_values - average * average, 0))
+        if self._recipe.is_scaled:
+            model = self.manifest.model
+            average, deviation = (average - model.shift_factor) * model.scaling_factor, deviation * model.scaling_factor
+        rows_of = dict(zip(plan.buckets, plan.counts.sum(axis=0).tolist(), strict=True))
+        return LatentStats(
+            bucket_rows=rows_of,
+            num_samples=num_read,
+            mean=tuple(average.tolist()),
+            deviation=tuple(deviation.tolist()),
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_reader": None}
@@ -289,9 +495,7 @@ def data_urls(uri: str, content: Content | None = None, snapshot: int | None = N
     return [store.url(file.key) for file in files if file.content == content]
 
 
-def _check_arguments(batch_size: int, shuffle_seed: int | None, rank: int, world_size: int, remainder: str) -> None:
-    if batch_size < 1:
-        raise UsageError(f"batch_size is {batch_size}; it must be 1 or more")
+def _check_order(shuffle_seed: int | None, rank: int, world_size: int, remainder: str) -> None:
     if not 0 <= rank < world_size:
         raise UsageError(f"rank {rank} of world_size {world_size}: ranks go from 0 to world_size - 1")
     if remainder not in REMAINDERS:
@@ -300,32 +504,86 @@ def _check_arguments(batch_size: int, shuffle_seed: int | None, rank: int, world
         raise UsageError(f"shuffle_seed is {shuffle_seed}; it must be 0 or more, or None for no shuffling")
 
 
-def _check_columns(columns: Sequence[str], sample_posterior: bool, manifest: DatasetManifest, uri: str) -> None:
-    known = [name for name in schema(manifest).names if name != "latent"]
-    unknown = [name for name in columns if name not in known]
+def _checked_batch_size(
+    batch_size: int | Mapping[str, int] | None, max_tokens: int | None
+) -> int | Mapping[str, int] | None:
+    if max_tokens is not None:
+        if batch_size is not None:
+            raise UsageError(f"batch_size={batch_size!r} and max_tokens={max_tokens} both say how many rows; give one")
+        return None
+    batch_size = _DEFAULT_BATCH_SIZE if batch_size is None else batch_size
+    smallest = min(batch_size.values(), default=1) if isinstance(batch_size, Mapping) else batch_size
+    if smallest < 1:
+        raise UsageError(f"batch_size is {batch_size}; it must be 1 or more")
+    return batch_size
+
+
+def _batch_rows(
+    buckets: Sequence[str], batch_size: int | Mapping[str, int] | None, max_tokens: int | None, model: ModelFacts
+) -> Ints:
+    """`(buckets,)`, rows of a batch of one rank."""
+    if isinstance(batch_size, int):
+        return np.full(len(buckets), batch_size, dtype=np.int64)
+    if batch_size is not None:
+        missing = [bucket for bucket in buckets if bucket not in batch_size]
+        if missing:
+            raise UsageError(
+                f"batch_size says nothing of {', '.join(missing)}; the dataset has the buckets {', '.join(buckets)}"
+            )
+        return np.array([batch_size[bucket] for bucket in buckets], dtype=np.int64)
+    assert max_tokens is not None
+    tokens = {bucket: _tokens(bucket, model) for bucket in buckets}
+    too_large = [f"{bucket} ({num})" for bucket, num in tokens.items() if num > max_tokens]
+    if too_large:
+        raise UsageError(
+            f"max_tokens is {max_tokens}, and one sample has more latent positions: {', '.join(too_large)}; give at "
+            f"least {max(tokens.values())}"
+        )
+    return np.array([max_tokens // tokens[bucket] for bucket in buckets], dtype=np.int64)
+
+
+def _tokens(bucket: str, model: ModelFacts) -> int:
+    """Latent positions t * h * w of a sample."""
+    width, height, num_frames = (int(side) for side in bucket.split("x"))
+    latent_frames = 1 + (num_frames - 1) // model.temporal_compression
+    return latent_frames * (height // model.spatial_compression) * (width // model.spatial_compression)
+
+
+def _check_columns(columns: Sequence[str], captions: Sequence[str], table: pa.Schema, uri: str) -> None:
+    known = [name for name in table.names if name != "latent"]
+    unknown = [name for name in (*columns, *captions) if name not in known]
     if unknown:
         raise UsageError(f"{uri} has no column {', '.join(map(repr, unknown))}; it has {', '.join(known)}")
-    taken = [name for name in columns if name in _BATCH_NAMES]
+    taken = [name for name in columns if name in BATCH_NAMES]
     if taken:
         raise UsageError(f"columns: {', '.join(map(repr, taken))} is in every batch already; leave it out")
+    texts = [name for name in known if pa.types.is_string(table.field(name).type)]
+    if not captions or not set(captions) <= set(texts):
+        raise UsageError(f"captions={tuple(captions)!r}: give columns of text, such as {', '.join(texts)}")
+
+
+def _check_draws(sample_posterior: bool, caption_dropout: float, manifest: DatasetManifest, uri: str) -> None:
     if sample_posterior and manifest.kind != "moments":
         raise UsageError(
             f"sample_posterior: {uri} holds means without log-variances; encode with --store moments to draw from them"
         )
+    if not 0 <= caption_dropout <= 1:
+        raise UsageError(f"caption_dropout is {caption_dropout}; it is a probability, from 0 to 1")
 
 
 def _pinned_commits(store: ObjectStore, number: int | None) -> tuple[int | None, list[Commit]]:
-    if number is not None:
-        try:
-            return number, list(read_snapshot(store, number).commits)
-        except StorageNotFoundError as error:
-            raise UsageError(f"{store.root_uri} has no snapshot {number}: {error}") from error
-    latest = latest_snapshot(store)
-    return (None, list(load_commits(store))) if latest is None else (latest.number, list(latest.commits))
+    if number is None:
+        number = latest_snapshot_number(store)
+        if number is None:
+            return None, list(load_commits(store))
+    try:
+        return number, list(read_snapshot(store, number).commits)
+    except StorageNotFoundError as error:
+        raise UsageError(f"{store.root_uri} has no snapshot {number}: {error}") from error
 
 
 def _digest(files: Sequence[DataFile]) -> str:
     digest = hashlib.sha256()
     for file in files:
-        digest.update(f"{file.shard_id} {file.stat.sha256}\n".encode())
+        digest.update(f"{file.shard_id} {file.stat.sha256} {(file.counted or b'').hex()}\n".encode())
     return digest.hexdigest()

@@ -3,13 +3,24 @@ files per rank."""
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.epoch import REMAINDERS, WINDOW_FILES, GlobalBatch, global_batches, num_batches, shuffled, windows
+from pipeline.epoch import (
+    LANES,
+    REMAINDERS,
+    WINDOW_FILES,
+    GlobalBatch,
+    global_batches,
+    lanes_of_worker,
+    num_batches,
+    shuffled,
+    windows,
+)
 
 COUNTS = st.integers(1, 3).flatmap(
     lambda num_buckets: st.lists(
@@ -20,25 +31,32 @@ SEEDS = st.one_of(st.none(), st.integers(0, 2**40))
 
 
 def order(
-    counts: list[list[int]], size: int, seed: int | None, epoch: int, remainder: str, window_bytes: int = 25
+    counts: list[list[int]],
+    size: int,
+    seed: int | None,
+    epoch: int,
+    remainder: str,
+    window_bytes: int = 25,
+    num_passed: int = 0,
 ) -> list[GlobalBatch]:
     array = np.array(counts, dtype=np.int64)
     return list(
         global_batches(
             array,
             array.sum(axis=1),
-            global_batch_size=size,
+            batch_rows=np.full(array.shape[1], size),
             seed=seed,
             epoch=epoch,
             remainder=remainder,  # type: ignore[arg-type]
             window_bytes=window_bytes,
+            num_passed=num_passed,
         )
     )
 
 
 def rows(batches: list[GlobalBatch]) -> list[list[tuple[int, int, int]]]:
     return [
-        [(int(file), batch.bucket, int(number)) for file, number in zip(batch.files, batch.numbers, strict=True)]
+        [(int(file), batch.bucket, int(number)) for file, number in zip(*batch.places(0, batch.num_rows), strict=True)]
         for batch in batches
     ]
 
@@ -58,6 +76,49 @@ def test_every_row_is_in_exactly_one_batch(
 
 
 @settings(deadline=None)
+@given(COUNTS, st.integers(1, 12), SEEDS, st.integers(0, 60), st.sampled_from(REMAINDERS))
+def test_passing_over_batches_gives_the_rest_of_the_same_order(
+    counts: list[list[int]], size: int, seed: int | None, window_bytes: int, remainder: str
+) -> None:
+    whole = rows(order(counts, size, seed, 1, remainder, window_bytes))
+    for num_passed in {0, 1, len(whole) // 2, max(0, len(whole) - 1), len(whole)}:
+        assert rows(order(counts, size, seed, 1, remainder, window_bytes, num_passed)) == whole[num_passed:]
+
+
+@settings(deadline=None)
+@given(COUNTS, st.lists(st.integers(1, 12), min_size=3, max_size=3), SEEDS)
+def test_each_bucket_has_batches_of_its_own_size(counts: list[list[int]], sizes: list[int], seed: int | None) -> None:
+    array = np.array(counts, dtype=np.int64)
+    batch_rows = np.array(sizes[: array.shape[1]])
+    batches = list(
+        global_batches(
+            array,
+            array.sum(axis=1),
+            batch_rows=batch_rows,
+            seed=seed,
+            epoch=0,
+            remainder="keep",
+            window_bytes=25,
+        )
+    )
+    assert Counter(row for batch in rows(batches) for row in batch) == all_rows(counts)
+    for bucket, (total, size) in enumerate(zip(array.sum(axis=0), batch_rows, strict=True)):
+        found = sorted((batch.num_rows for batch in batches if batch.bucket == bucket), reverse=True)
+        assert found == [size] * (total // size) + [total % size] * bool(total % size)
+
+
+def test_workers_in_turn_read_files_of_their_own() -> None:
+    batches = order([[64]] * 64, 8, 0, 0, "drop", window_bytes=1000)
+    for num_workers in (2, 4):
+        assert lanes_of_worker(num_workers) == LANES // num_workers
+        read = [
+            {int(file) for batch in batches[worker::num_workers] for file in batch.places(0, 8)[0]}
+            for worker in range(num_workers)
+        ]
+        assert sum(len(files) for files in read) == 64
+
+
+@settings(deadline=None)
 @given(COUNTS, st.integers(1, 12), SEEDS, st.integers(0, 3))
 def test_the_remainders_differ_in_the_short_batches_only(
     counts: list[list[int]], size: int, seed: int | None, epoch: int
@@ -66,9 +127,9 @@ def test_the_remainders_differ_in_the_short_batches_only(
     assert rows(dropped) == [batch for batch in rows(kept) if len(batch) == size][: len(dropped)]
     assert len(padded) == len(kept)
     for short, full in zip(kept, padded, strict=True):
-        assert len(full.files) == size
-        assert full.num_distinct == len(short.files)
-        assert rows([full])[0][: len(short.files)] == rows([short])[0]
+        assert full.num_rows == size
+        assert full.num_distinct == short.num_rows
+        assert rows([full])[0][: short.num_rows] == rows([short])[0]
         assert set(rows([full])[0]) == set(rows([short])[0])
 
 
@@ -80,8 +141,8 @@ def test_the_number_of_batches_is_known_from_the_counts(
     batches = order(counts, batch_size * world_size, seed, 0, remainder)
     totals = np.array(counts).sum(axis=0)
     for rank in range(world_size):
-        expected = sum(len(batch.files) > rank * batch_size for batch in batches)
-        assert num_batches(totals, batch_size, rank, world_size, remainder) == expected  # type: ignore[arg-type]
+        expected = sum(batch.num_rows > rank * batch_size for batch in batches)
+        assert num_batches(totals, np.full(len(totals), batch_size), rank, world_size, remainder) == expected  # type: ignore[arg-type]
 
 
 def test_each_epoch_and_each_seed_has_its_own_order() -> None:
@@ -110,7 +171,8 @@ def test_the_permutation_is_the_same_in_every_version() -> None:
 
 @given(st.lists(st.integers(0, 50), max_size=300), st.integers(0, 100))
 def test_windows_cover_the_order_and_respect_their_size(sizes: list[int], window_bytes: int) -> None:
-    found = list(windows(np.array(sizes, dtype=np.int64), np.arange(len(sizes)), window_bytes))
+    starts = windows(np.array(sizes, dtype=np.int64), np.arange(len(sizes)), window_bytes).tolist()
+    found = list(itertools.pairwise([*starts, len(sizes)]))
     assert [place for start, end in found for place in range(start, end)] == list(range(len(sizes)))
     for start, end in found:
         assert end - start <= WINDOW_FILES
@@ -126,5 +188,6 @@ def test_a_rank_reads_few_of_the_files_in_a_window() -> None:
     world_size, batch_size, num_files = 8, 32, 64
     batches = order([[64]] * num_files, world_size * batch_size, 0, 0, "keep", window_bytes=10**9)
     for rank in range(world_size):
-        seen = {int(file) for batch in batches for file in batch.files[rank * batch_size : (rank + 1) * batch_size]}
+        slices = [batch.places(rank * batch_size, (rank + 1) * batch_size) for batch in batches]
+        seen = {int(file) for files, _ in slices for file in files}
         assert len(seen) <= num_files // 3, f"rank {rank} reads {len(seen)} of {num_files} files"
