@@ -3,11 +3,12 @@
     latentmill inspect URI                 what it holds: model, shapes, counts, rejections, snapshots
     latentmill urls URI                    the committed data files, one a line, for readers without Latentmill
     latentmill preview URI -o FILE.png     latents drawn as pictures, and decoded where the model is at hand
+    latentmill export URI --to F -o TARGET the samples in the form of another project, without encoding again
     latentmill verify URI                  whether all that was committed is there, whole and true
     latentmill gc URI                      files that can never count, and why; --delete removes them
 
 Not the job that writes an output (`jobs/encode_laion.py`). Commands read committed data; only `verify --requeue`, which
-leaves orders to the job, and `gc --delete` change anything. Results go to standard output, messages to standard error.
+leaves orders to the job, and `gc --delete` change an output. Results go to standard output, messages to standard error.
 Exit codes are those of the job, so far as they apply: 0 well, 2 wrong use, 4 work left undone; 1 means damage.
 """
 
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 
 EXIT_OK, EXIT_DAMAGED, EXIT_USAGE, EXIT_UNDONE = 0, 1, 2, 4
 _MAX_SHOWN = 50
+_SHOW_EVERY_S = 10.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -73,6 +76,20 @@ def _parser() -> argparse.ArgumentParser:
     preview.add_argument("--model", help="the VAE to decode with; default: the dataset's own; none: latents only")
     preview.add_argument("--subfolder", help="folder inside the model")
     preview.set_defaults(command=_preview)
+
+    export = commands.add_parser(
+        "export",
+        help="the samples in the form of another project",
+        description="Writes the samples of a snapshot in the form of another project, without encoding again. The same "
+        "command goes on with an export that was interrupted. TARGET must be new, empty or a begun export.",
+    )
+    export.add_argument("uri", help="local folder or s3://bucket/prefix")
+    export.add_argument("--to", choices=("fastvideo", "webdataset-dfm", "hf"), required=True, help="the form")
+    export.add_argument("-o", "--output", required=True, metavar="TARGET", help="local folder or s3://bucket/prefix")
+    export.add_argument("--snapshot", type=int, help="number of the snapshot (the one begun with, else the latest)")
+    export.add_argument("--text", choices=("text",), help="column set with the captions' embeddings, to go along")
+    export.add_argument("--json", action="store_true", help="one JSON object instead of text")
+    export.set_defaults(command=_export)
 
     verify = commands.add_parser(
         "verify",
@@ -232,6 +249,34 @@ def _urls(arguments: argparse.Namespace) -> None:
 
     for url in data_urls(arguments.uri, arguments.format):
         print(url)
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    from pipeline.export import export
+
+    def show(num_done: int, num_files: int) -> None:
+        if num_done == num_files or time.monotonic() - shown_at[0] > _SHOW_EVERY_S:
+            shown_at[0] = time.monotonic()
+            print(f"{num_done:,} of {num_files:,} files of the source", file=sys.stderr)
+
+    shown_at = [time.monotonic()]
+    done = export(
+        arguments.uri,
+        arguments.to,
+        arguments.output,
+        snapshot=arguments.snapshot,
+        text=arguments.text,
+        on_file=show,
+    )
+    if arguments.to == "webdataset-dfm" and arguments.text is None:
+        print("note: without --text there is no .pickle, which DFM's Wan recipe asks for", file=sys.stderr)
+    if arguments.json:
+        print(json.dumps(asdict(done), indent=1))
+        return
+    print(done.target)
+    print(f"samples   {done.num_records:,} in {done.num_files:,} files, {done.num_files_kept:,} of them from earlier")
+    newer = f"; the latest is {done.latest_snapshot}" if done.latest_snapshot != done.snapshot else ""
+    print(f"snapshot  {done.snapshot}{newer}")
 
 
 def _preview(arguments: argparse.Namespace) -> None:
