@@ -33,8 +33,10 @@ import torch
 
 import pipeline
 from pipeline.codec import ClipEncoder
+from pipeline.columns import ColumnsManifest, SetName
 from pipeline.commit import commit_shard, put_data_file, read_commit
 from pipeline.committed import FileCache
+from pipeline.conditions import ConditionEncoders, ShardConditions, fingerprint_fields
 from pipeline.config import JobConfig
 from pipeline.decode import DecodePool, decoder_versions
 from pipeline.errors import DecodeChildError, StorageError, UsageError
@@ -70,6 +72,7 @@ class WorkerFacts:
     """What an actor says of itself once its model is loaded."""
 
     model: ModelFacts
+    columns: Mapping[SetName, ColumnsManifest]  # of the encoders of captions and first frames
     device_type: str
     device_name: str
     decoders: Mapping[str, str]
@@ -91,6 +94,7 @@ class ShardReport:
     timings_s: Mapping[str, float]  # by metrics.STAGES
     busy_share: float  # of the time from the first clip asked for to the last record written
     num_inputs_changed: int = 0  # files of a slice that were not as planned
+    num_texts_truncated: int = 0  # texts with more tokens than the encoder takes
 
 
 class _Account:
@@ -230,6 +234,7 @@ class EncodeActor:
         self._lock = threading.Lock()
         self._turns = _Turns()
         self._encoder: ClipEncoder | None = None
+        self._conditions: ConditionEncoders | None = None
         self._decode_pool: DecodePool | None = None
         self._store: ObjectStore = open_store(config.run.output)
         self._is_stopping = False
@@ -239,10 +244,10 @@ class EncodeActor:
         return f"encoder[{self._name}]"
 
     def start(self) -> WorkerFacts:
-        """Loads the model and starts the decode children, once; cheap after that.
+        """Loads the models and starts the decode children, once; cheap after that.
 
         Raises:
-            UsageError: the model cannot be loaded, or there is no GPU for an actor that was given one.
+            UsageError: a model cannot be loaded, or there is no GPU for an actor that was given one.
             DecodeChildError: decode children cannot be started here.
         """
         with self._lock:
@@ -256,6 +261,14 @@ class EncodeActor:
                 cores = self._config.encoding.cpus_on(device.type)
                 torch.set_num_threads(cores)
                 limits = self._config.decode
+                self._conditions = ConditionEncoders(
+                    self._config.text,
+                    self._config.image,
+                    self._store,
+                    device,
+                    self._config.encoding.compute_dtype_on(device.type),
+                    cores,
+                )
                 self._decode_pool = DecodePool(self._config.encoding, limits, limits.decode_processes or cores)
                 self._encoder = ClipEncoder(self._config.encoding, device)
         return self._facts()
@@ -263,9 +276,11 @@ class EncodeActor:
     def _facts(self) -> WorkerFacts:
         assert self._encoder is not None, "start() has not run"
         assert self._decode_pool is not None, "start() has not run"
+        assert self._conditions is not None, "start() has not run"
         device = self._encoder.device
         return WorkerFacts(
             model=self._encoder.facts,
+            columns=self._conditions.manifests,
             device_type=device.type,
             device_name=torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
             decoders=decoder_versions(),
@@ -330,13 +345,15 @@ class EncodeActor:
             self._turns.end(turn)
 
     def _refuse_other_worker(self, facts: WorkerFacts, manifest: DatasetManifest) -> None:
-        """A node with another model file, decoder or device would write other bytes than its neighbours."""
+        """A node with other model files, decoders or device would write other bytes than its neighbours."""
         fixed = manifest.fingerprint_fields
-        differing = {
+        differing: dict[str, tuple[object, object]] = {
             "model weights": (manifest.model.weights_sha256, facts.model.weights_sha256),
             "device": (fixed["device_type"], facts.device_type),
             "decoders": (fixed["decoders"], dict(facts.decoders)),
         }
+        for key, found in fingerprint_fields(facts.columns).items():
+            differing[key] = fixed.get(key), found
         for what, (wanted, found) in differing.items():
             if wanted != found:
                 raise UsageError(
@@ -386,10 +403,13 @@ class EncodeActor:
                 # Children that this actor itself killed may stand as rejections in what is about to be committed.
                 raise DecodeChildError(f"shard {spec.shard_id} was given up because its actor is being stopped")
             commit = _new_commit(spec, manifest, files, encoded.counts, videos.found)
+            # The sets first: a shard that is done has its embeddings.
             if begun is None:
+                encoded.conditions.commit(files)
                 outcome: str = commit_shard(self._store, commit)
             else:
-                outcome = finish(self._store, begun, commit, encoded.files, self._room.cache)
+                before_commit = encoded.conditions.commit
+                outcome = finish(self._store, begun, commit, encoded.files, self._room.cache, before_commit)
             timings_s = {**encoded.timings_s, "upload": uploaded - started, "commit": time.perf_counter() - uploaded}
             num_bytes_out = sum(file.path.stat().st_size for file in encoded.files)
         return ShardReport(
@@ -399,6 +419,7 @@ class EncodeActor:
             num_bytes_in=videos.num_bytes,
             num_bytes_out=num_bytes_out,
             num_inputs_changed=len(videos.found.changes),
+            num_texts_truncated=encoded.conditions.num_truncated,
             timings_s=timings_s,
             busy_share=encoded.busy_share,
         )
@@ -424,12 +445,14 @@ class EncodeActor:
         elsewhere: Set[tuple[str, int]],
     ) -> _Encoded:
         assert self._encoder is not None, "start() has not run"
+        assert self._conditions is not None, "start() has not run"
         account = _Account()
+        conditions = self._conditions.shard(spec.base_id)
         write_s = 0.0
         busy_before_s = self._encoder.busy_s
         started = time.perf_counter()
         with ShardWriter(directory, spec.shard_id, manifest, self._config.encoding.format) as writer:
-            for entry in self._encoder.encode(ahead):
+            for entry in self._encoder.encode(conditions.watched(ahead)):
                 write_started = time.perf_counter()
                 Steps.note()
                 if isinstance(entry, ClipFailure):
@@ -442,11 +465,19 @@ class EncodeActor:
             write_started = time.perf_counter()
             files = writer.finish()
             write_s += time.perf_counter() - write_started
+        conditions.write(directory, files)
         encode_s = self._encoder.busy_s - busy_before_s
         return _Encoded(
             files=files,
             counts=account.counts(),
-            timings_s={"decode": ahead.decode_s, "wait": ahead.wait_s, "encode": encode_s, "write": write_s},
+            conditions=conditions,
+            timings_s={
+                "decode": ahead.decode_s,
+                "wait": ahead.wait_s,
+                "encode": encode_s,
+                "embed": conditions.embed_s,
+                "write": write_s,
+            },
             busy_share=encode_s / max(1e-9, time.perf_counter() - started),
         )
 
@@ -464,6 +495,7 @@ class _Encoded:
 
     files: tuple[WrittenFile, ...]
     counts: ShardCounts
+    conditions: ShardConditions
     timings_s: Mapping[str, float]
     busy_share: float
 

@@ -44,6 +44,7 @@ from pipeline.commit import (
     MANIFEST_KEY,
     commit_shard,
     create_once,
+    fetch_data_file,
     fingerprint_of,
     name_of,
     put_data_file,
@@ -52,9 +53,9 @@ from pipeline.commit import (
 )
 from pipeline.committed import FileCache
 from pipeline.errors import ConfigMismatchError, DamagedObjectError, UsageError
-from pipeline.format import Column, decode_latent, encode_latent, schema
+from pipeline.format import Column, Content, decode_latent, encode_latent, schema
 from pipeline.records import Commit, DatasetManifest, FileStat, ShardCounts
-from pipeline.storage import ObjectStore, open_store
+from pipeline.storage import ObjectStore, open_store, sha256_of_file
 from pipeline.stored import open_records
 
 COLUMNS_VERSION = 1
@@ -295,9 +296,9 @@ def _write(path: Path, manifest: ColumnsManifest, rows: Iterable[Mapping[str, An
     return num_rows
 
 
-def base_file(commit: Commit) -> FileStat | None:
-    """The data file of an output's record that a set speaks of: Parquet, else the tar; None where it has no samples."""
-    by_content = {stat.content: stat for stat in commit.files}
+def base_file(files: Sequence[FileStat]) -> FileStat | None:
+    """The one of a record's files that a set speaks of: Parquet, else the tar; None where it has no samples."""
+    by_content = {stat.content: stat for stat in files}
     return by_content.get("parquet") or by_content.get("webdataset")
 
 
@@ -315,41 +316,47 @@ def refuse_unknown_columns(manifest: DatasetManifest, columns: Sequence[str], ur
         )
 
 
-def captions_of(source: Path | ObjectStore, stat: FileStat, columns: Sequence[str]) -> dict[str, list[str]]:
-    """The distinct texts of some columns of a base file, each with the keys that have it: "" first, the others sorted.
+def captions_of(path: Path, content: Content, num_rows: int, columns: Sequence[str]) -> dict[str, list[str]]:
+    """The distinct texts of some columns of a local base file, each with the keys that have it: sorted, "" among them.
 
-    Args:
-        source: the file itself, where it was just written; else the store that holds it. Of a Parquet file in a remote
-            store only these columns are fetched: their pages carry checksums, the latents are not read.
+    Raises:
+        DamagedObjectError: the file cannot be read, or has another number of rows.
+    """
+    return _captions(open_records(path, content).read_columns(("key", *columns)), num_rows, str(path))
+
+
+def stored_captions_of(store: ObjectStore, stat: FileStat, columns: Sequence[str]) -> dict[str, list[str]]:
+    """As `captions_of`, of a stored base file. Of Parquet only these columns are fetched, checked by page checksums.
 
     Raises:
         DamagedObjectError: the file cannot be read, or has another number of rows than its record states.
         StorageNotFoundError: it is gone.
     """
     names = ("key", *columns)
-    where = str(source) if isinstance(source, Path) else source.url(stat.key)
+    url = store.url(stat.key)
     try:
-        if isinstance(source, Path):
-            rows = open_records(source, stat.content).read_columns(names)
-        elif stat.content == "parquet":
-            with io.BufferedReader(_StoredFile(source, stat), _READ_BLOCK_BYTES) as stream:
+        if stat.content == "parquet":
+            with io.BufferedReader(_StoredFile(store, stat), _READ_BLOCK_BYTES) as stream:
                 table = pq.ParquetFile(stream, page_checksum_verification=True).read(columns=list(names))
             rows = list(zip(*(table.column(name).to_pylist() for name in names), strict=True))
         else:
             with tempfile.TemporaryDirectory(prefix="latentmill-columns-") as folder:
                 path = Path(folder) / "base.tar"
-                source.fetch_file(stat.key, path)
+                fetch_data_file(store, stat, path)
                 rows = open_records(path, stat.content).read_columns(names)
-    except (pa.ArrowException, ValueError, KeyError, OSError, DamagedObjectError) as error:
-        raise DamagedObjectError(f"{where} cannot be read: {error}; look with latentmill verify") from error
-    if len(rows) != stat.num_rows:
-        raise DamagedObjectError(f"{where} has {len(rows)} rows, its record states {stat.num_rows}")
-    found: dict[str, dict[str, None]] = {}
+    except (pa.ArrowException, ValueError, KeyError, OSError) as error:
+        raise DamagedObjectError(f"{url} cannot be read: {error}; latentmill verify says more") from error
+    return _captions(rows, stat.num_rows, url)
+
+
+def _captions(rows: Sequence[tuple[Any, ...]], num_rows: int, where: str) -> dict[str, list[str]]:
+    if len(rows) != num_rows:
+        raise DamagedObjectError(f"{where} has {len(rows)} rows, its record states {num_rows}")
+    found: dict[str, dict[str, None]] = {"": {}}
     for key, *texts in rows:
         for text in texts:
             if text is not None:
                 found.setdefault(text, {})[key] = None
-    found.setdefault("", {})
     return {text: list(found[text]) for text in sorted(found)}
 
 
@@ -396,25 +403,31 @@ def speaks_of(record: Commit, base: FileStat) -> bool:
 
 def commit_columns(
     store: ObjectStore, manifest: ColumnsManifest, shard_id: str, base: FileStat, path: Path, num_rows: int
-) -> Literal["committed", "already_done"]:
+) -> tuple[Commit, bool]:
     """Stores the rows of a base file and makes them count, once, however many try.
 
     Args:
         store: of the set.
         path: the finished local file.
 
+    Returns:
+        the record that stands, and whether it stood before; where that one names these very bytes, they were stored
+        under its name again, in case they were damaged.
+
     Raises:
         StorageError: the store failed; trying again is safe.
     """
     while True:
         before = records_of(store, shard_id)
-        if any(speaks_of(record, base) for record in before):
-            return "already_done"
-        generation = len(before)
+        standing = next((record for record in before if speaks_of(record, base)), None)
+        generation = len(before) if standing is None else standing.generation
+        if standing is not None and standing.files[0].sha256 != sha256_of_file(path):
+            return standing, True
         stat = put_data_file(
             store, path, shard_id=shard_id, content="parquet", num_rows=num_rows, generation=generation
         )
-        counts = _counts(num_rows)
+        if standing is not None:
+            return standing, True
         record = Commit(
             shard_id=shard_id,
             generation=generation,
@@ -424,14 +437,14 @@ def commit_columns(
             source_size_bytes=base.num_bytes,
             source_etag=base.sha256,
             files=(stat,),
-            counts=counts,
+            counts=_counts(num_rows),
             format_version=manifest.format_version,
             code_version=pipeline.__version__,
             created_at=datetime.now(UTC).isoformat(timespec="seconds"),
             shard_counts=_counts(num_rows + sum(c.counts.num_records for c in before)) if before else None,
         )
         if commit_shard(store, record) == "committed":
-            return "committed"
+            return record, False
 
 
 def _counts(num_rows: int) -> ShardCounts:
@@ -552,7 +565,7 @@ class ColumnSet:
         A repaired clip, or one of an attempt that came to nothing, is there twice and may have other pixels.
         """
         shard = read_shard(self._output, shard_id)
-        bases = [base for commit in (shard.commits if shard else ()) if (base := base_file(commit)) is not None]
+        bases = [base for commit in (shard.commits if shard else ()) if (base := base_file(commit.files)) is not None]
         return tuple(record for base in bases for record in records if speaks_of(record, base))
 
     def _rows(self, record: Commit) -> tuple[pq.ParquetFile, dict[Any, tuple[int, int]]]:

@@ -145,10 +145,20 @@ def _reasons(text: str) -> tuple[str, ...]:
     return names
 
 
-def _digest(text: str) -> str:
-    if re.fullmatch(r"[0-9a-fA-F]{64}", text) is None:
-        raise UsageError(f"--model-sha256: {text!r} is not 64 hex digits")
-    return text.lower()
+def _digest(name: str) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if re.fullmatch(r"[0-9a-fA-F]{64}", text) is None:
+            raise UsageError(f"--{name}: {text!r} is not 64 hex digits")
+        return text.lower()
+
+    return parse
+
+
+def _column_names(text: str) -> tuple[str, ...]:
+    names = tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+    if not names:
+        raise UsageError(f"--text-columns: {text!r} names no column; give for example caption")
+    return names
 
 
 def option(
@@ -187,7 +197,9 @@ class EncodingConfig:
     model: str = option("name (small), folder or hub id of a CV-VAE", str)
     subfolder: str | None = option("folder inside the model's folder or hub repository", str, None)
     revision: str | None = option("hub revision to pin", str, None)
-    model_sha256: str | None = option("SHA-256 that the model's weights must have, in hex", _digest, None)
+    model_sha256: str | None = option(
+        "SHA-256 that the model's weights must have, in hex", _digest("model-sha256"), None
+    )
     format: str = option("parquet, webdataset or both", choice("format", FORMATS), "parquet")
     buckets: tuple[Bucket, ...] = option(
         "WIDTHxHEIGHTxFRAMES;... (sides multiples of 8, frames 1+4k)",
@@ -267,6 +279,40 @@ class EncodingConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TextEncoderConfig:
+    """What captions are embedded with; in no fingerprint while there is no encoder."""
+
+    text_encoder: str | None = option("folder or hub id of a CLIP, T5 or sentence encoder: embed captions", str, None)
+    text_encoder_revision: str | None = option("hub revision of the text encoder to pin", str, None)
+    text_encoder_sha256: str | None = option(
+        "SHA-256 that the text encoder's weights must have, in hex", _digest("text-encoder-sha256"), None
+    )
+    text_columns: tuple[str, ...] = option(
+        "columns of the output whose texts are embedded, with commas between", _column_names, ("caption",)
+    )
+    text_dtype: str = option("float16 or float32", choice("text-dtype", STORE_DTYPES), "float16")
+    text_max_tokens: int | None = option(
+        "tokens of a text at most, special ones included; auto: what the encoder takes, else 512",
+        auto_or(whole("text-max-tokens", 1)),
+        None,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageEncoderConfig:
+    """What first frames are embedded with; in no fingerprint while there is no encoder."""
+
+    image_encoder: str | None = option(
+        "folder or hub id of a CLIP vision tower with projection: embed each clip's first frame", str, None
+    )
+    image_encoder_revision: str | None = option("hub revision of the image encoder to pin", str, None)
+    image_encoder_sha256: str | None = option(
+        "SHA-256 that the image encoder's weights must have, in hex", _digest("image-encoder-sha256"), None
+    )
+    image_dtype: str = option("float16 or float32", choice("image-dtype", STORE_DTYPES), "float16")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DecodeLimits:
     """What a decode child may cost. A video over a limit is rejected, never shortened."""
 
@@ -327,7 +373,6 @@ class RunConfig:
     )
     dry_run: bool = option("say what would be done and stop", yes_no("dry_run"), False, is_switch=True)
     retry_failed: tuple[str, ...] = option("encode rejections of these reasons again", _reasons, ())
-    text_encoder: str | None = option("also encode captions; not available in this version", str, None)
     metrics_port: int | None = option(
         "serve Prometheus metrics on 127.0.0.1:PORT (0: any free one)", whole("metrics-port", 0), None
     )
@@ -346,14 +391,24 @@ class JobConfig:
 
     source: SourceConfig
     encoding: EncodingConfig
+    text: TextEncoderConfig
+    image: ImageEncoderConfig
     decode: DecodeLimits
     run: RunConfig
+
+    @property
+    def column_sets(self) -> tuple[str, ...]:
+        """Names of the column sets that are made in the same pass."""
+        asked = {"text": self.text.text_encoder, "image": self.image.image_encoder}
+        return tuple(name for name, encoder in asked.items() if encoder is not None)
 
 
 Parts = Mapping[str, type[Any]]
 _PARTS: Parts = {
     "source": SourceConfig,
     "encoding": EncodingConfig,
+    "text": TextEncoderConfig,
+    "image": ImageEncoderConfig,
     "decode": DecodeLimits,
     "run": RunConfig,
 }

@@ -18,7 +18,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, star
 
 from pipeline.records import REASONS
 
-STAGES = ("decode", "wait", "encode", "write", "upload", "commit")
+STAGES = ("decode", "wait", "encode", "embed", "write", "upload", "commit")
 SHARD_STATES = ("pending", "running", "done", "undone")
 COMMIT_OUTCOMES = ("committed", "lost_race", "already_done", "restored")
 _SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000, 3000)

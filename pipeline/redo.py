@@ -24,7 +24,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
@@ -259,13 +259,19 @@ def _readable(store: ObjectStore, shard: DecidedShard, cache: FileCache) -> Deci
 
 
 def finish(
-    store: ObjectStore, begun: Begun, draft: Commit, written: Sequence[WrittenFile], cache: FileCache
+    store: ObjectStore,
+    begun: Begun,
+    draft: Commit,
+    written: Sequence[WrittenFile],
+    cache: FileCache,
+    before_commit: Callable[[Sequence[FileStat]], object] = lambda files: None,
 ) -> Literal["committed", "lost_race", "restored"]:
     """Stores what was encoded again and makes it count.
 
     Args:
         draft: the record to be, without files; its generation, `replaces`, `keys` and accounts are filled in here.
         written: its files.
+        before_commit: called with the files as they are stored, before the record that names them.
 
     Raises:
         StorageError: the input of a repair changed, or gives less than the damaged record had; or another run appended
@@ -277,7 +283,8 @@ def finish(
         if _are_same_bytes(damaged, written):
             for file in written:
                 _put(store, damaged.shard_id, damaged.generation, file)
-            _mark_done(store, name_of(damaged))
+            before_commit(damaged.files)
+            mark_done(store, name_of(damaged))
             return "restored"
         _refuse_other_input(damaged, draft)
         _refuse_loss(store, begun, damaged, draft, written)
@@ -290,6 +297,7 @@ def finish(
         replaces=redo.replaces,
         keys=begun.keys,
     )
+    before_commit(draft.files)
     if commit_shard(store, with_shard_counts(draft, begun.others, store, cache)) == "committed":
         return "committed"
     if begin(store, redo, cache) is None:
@@ -354,6 +362,8 @@ def _refuse_loss(
         )
 
 
-def _mark_done(store: ObjectStore, record: str) -> None:
-    if last := _last_orders(store, record).get(record):
+def mark_done(store: ObjectStore, record: str) -> None:
+    """Notes that the files of a record were put back; nothing where no repair of it was ordered."""
+    last = _last_orders(store, record).get(record)
+    if last is not None and not last.is_done:
         create_once(store, _order_key(record, last.number, ".done"), b'{"outcome": "restored"}')

@@ -34,6 +34,7 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError,
 from pipeline import sandbox
 from pipeline.actors import EncodeActor, ShardReport, WorkerFacts
 from pipeline.codec import CPU_ENVIRONMENT, load_model
+from pipeline.columns import refuse_unknown_columns
 from pipeline.commit import (
     DecidedShard,
     Snapshot,
@@ -48,6 +49,13 @@ from pipeline.commit import (
     refuse_differences,
 )
 from pipeline.committed import FileCache
+from pipeline.conditions import (
+    configured_fields,
+    fingerprint_fields,
+    open_sets,
+    publish_sets,
+    records_of_ordered_repairs,
+)
 from pipeline.config import JobConfig
 from pipeline.errors import ConfigMismatchError, LatentmillError, StorageError, UsageError
 from pipeline.format import FORMAT_VERSION
@@ -129,6 +137,7 @@ class RunSummary:
     # output has what was found then).
     num_inputs_changed: int = 0
     num_inputs_changed_on_the_way: int = 0
+    num_texts_truncated: int = 0  # of the texts that this run embedded
     inputs_changed: Mapping[str, Sequence[str]] = field(default_factory=dict)  # URI -> version then and now, at most 20
 
 
@@ -174,8 +183,6 @@ def run(config: JobConfig, progress: Progress, metrics: RunMetrics) -> RunSummar
         ConfigMismatchError: the output holds another configuration.
         StorageError: the output or the listing of the input failed for good.
     """
-    if config.run.text_encoder is not None:
-        raise UsageError("--text-encoder is not available in this version; captions are stored as text")
     started = time.monotonic()
     allow_web_inputs(config.decode.max_file_bytes if config.source.allow_http else None)
     store = open_store(config.run.output)
@@ -201,7 +208,7 @@ def run(config: JobConfig, progress: Progress, metrics: RunMetrics) -> RunSummar
     if not todo:
         if stored is not None:
             _refuse_other_model(store, stored, config)
-        return ledger.close(publish_snapshot(store), None if stored is None else stored.model.is_trained)
+        return ledger.close(_publish(store, config), None if stored is None else stored.model.is_trained)
     check_store(store, config.run.single_writer)
     with _interrupts() as interrupt, _ray(config, progress):
         interrupt.install()  # ray.init puts a handler of its own in the place of ours
@@ -215,13 +222,18 @@ def run(config: JobConfig, progress: Progress, metrics: RunMetrics) -> RunSummar
             manifest = _open_output(store, stored, config, facts, specs)
             if not manifest.model.is_trained:
                 progress.say("untrained", f"the model {manifest.model.model!r} is untrained: its latents mean nothing")
-            _Dispatch(pool, manifest, ledger, interrupt, progress, store, config.run.grace_s).until_decided()
+            _Dispatch(pool, manifest, ledger, interrupt, progress, store, config).until_decided()
         finally:
             pool.stop()
-    snapshot = publish_snapshot(store)
+    snapshot = _publish(store, config)
     if interrupt.is_set:
         return ledger.summary(EXIT_INTERRUPTED, snapshot.commits, snapshot, manifest.model.is_trained)
     return ledger.close(snapshot, manifest.model.is_trained)
+
+
+def _publish(store: ObjectStore, config: JobConfig) -> Snapshot:
+    publish_sets(store, config.column_sets)
+    return publish_snapshot(store)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -254,7 +266,12 @@ def _again(
         )
     if len(changes) > _MAX_TOLD:
         progress.say("changed", f"{len(changes)} inputs changed since they were encoded, {_MAX_TOLD} are named above")
-    repaired = repairs({spec.shard_id: spec for spec in specs}, before, ordered_repairs(store, before))
+    ordered = ordered_repairs(store, before)
+    for name in config.column_sets:
+        # What a set lost comes back when the record that it is about is encoded again.
+        about = records_of_ordered_repairs(store, before, name).values()
+        ordered += sorted({record for record in about if record is not None} - set(ordered))
+    repaired = repairs({spec.shard_id: spec for spec in specs}, before, ordered)
     in_repair = {spec.base_id for spec in repaired}
     changed: dict[str, list[str]] = {}
     for change in changes:
@@ -283,6 +300,14 @@ def _again(
 def _refuse_other_encoding(store: ObjectStore, stored: DatasetManifest, config: JobConfig) -> None:
     """Compares what the configuration alone decides, before anything is planned or started."""
     held = stored.fingerprint_fields
+    sets_held, sets_asked = held.get("column_sets") or [], sorted(config.column_sets)
+    if sets_held != sets_asked:
+        raise ConfigMismatchError(
+            f"{store.root_uri} was begun with embeddings of {sets_held or 'nothing'}, asked for is "
+            f"{sets_asked or 'none'}: give --text-encoder and --image-encoder as at first, or another --output; "
+            "captions can be embedded by themselves at any time: jobs/encode_text.py",
+            {"column_sets": (sets_held, sets_asked)},
+        )
     asked = config.encoding.fingerprint_fields(str(held.get("device_type", "cpu")))
     refuse_differences(store, {key: held.get(key) for key in asked}, asked)
 
@@ -290,7 +315,8 @@ def _refuse_other_encoding(store: ObjectStore, stored: DatasetManifest, config: 
 def _refuse_other_model(store: ObjectStore, stored: DatasetManifest, config: JobConfig) -> None:
     """For a run with nothing to do, which starts no actor that would compare the weights."""
     weights_sha256 = load_model(config.encoding, torch.device("cpu")).weights_sha256
-    refuse_differences(store, {"weights_sha256": stored.model.weights_sha256}, {"weights_sha256": weights_sha256})
+    asked = {"weights_sha256": weights_sha256, **configured_fields(config.text, config.image)}
+    refuse_differences(store, {key: stored.fingerprint_fields.get(key) for key in asked}, asked)
 
 
 def _open_output(
@@ -307,6 +333,7 @@ def _open_output(
     """
     fields: dict[str, object] = {
         **config.encoding.fingerprint_fields(facts.device_type),
+        **fingerprint_fields(facts.columns),
         "weights_sha256": facts.model.weights_sha256,
         "decoders": dict(facts.decoders),
         "format_version": FORMAT_VERSION,
@@ -317,18 +344,20 @@ def _open_output(
         passthrough = stored.passthrough
     else:
         passthrough = infer_passthrough(config.source, config.encoding.caption_column, specs, store)
-    return open_dataset(
-        store,
-        DatasetManifest(
-            format_version=FORMAT_VERSION,
-            fingerprint=fingerprint_of(fields),
-            fingerprint_fields=fields,
-            model=facts.model,
-            kind="mean" if config.encoding.store == "mean" else "moments",
-            latent_dtype="float16" if config.encoding.store_dtype == "float16" else "float32",
-            passthrough=passthrough,
-        ),
+    manifest = DatasetManifest(
+        format_version=FORMAT_VERSION,
+        fingerprint=fingerprint_of(fields),
+        fingerprint_fields=fields,
+        model=facts.model,
+        kind="mean" if config.encoding.store == "mean" else "moments",
+        latent_dtype="float16" if config.encoding.store_dtype == "float16" else "float32",
+        passthrough=passthrough,
     )
+    if "text" in facts.columns:
+        refuse_unknown_columns(manifest, config.text.text_columns, store.root_uri)
+    standing = open_dataset(store, manifest)
+    open_sets(store, facts.columns)
+    return standing
 
 
 class _Ledger:
@@ -347,6 +376,7 @@ class _Ledger:
         self._again = again
         self._redone_ids = {spec.shard_id: spec for spec in todo if spec.redo is not None}
         self._num_changed_on_the_way = 0
+        self._num_texts_truncated = 0
         self.metrics = metrics
         self.undone: dict[str, str] = {}
         self.done: set[str] = set()
@@ -377,6 +407,7 @@ class _Ledger:
         """Counts a shard that is decided."""
         self.done.add(report.shard_id)
         self._num_changed_on_the_way += report.num_inputs_changed
+        self._num_texts_truncated += report.num_texts_truncated
         counts = report.counts
         metrics = self.metrics
         metrics.add("latentmill_shard_commit_total", outcome=report.outcome)
@@ -474,6 +505,7 @@ class _Ledger:
             num_records_repaired=len(redone) - len(retried),
             num_inputs_changed=len(changes),
             num_inputs_changed_on_the_way=self._num_changed_on_the_way,
+            num_texts_truncated=self._num_texts_truncated,
             inputs_changed={change.uri: [change.encoded, change.found] for change in changes[:_MAX_TOLD]},
             num_videos=totals.num_videos,
             num_videos_ok=totals.num_videos_ok,
@@ -838,9 +870,9 @@ class _Dispatch:
         interrupt: _Interrupt,
         progress: Progress,
         store: ObjectStore,
-        grace_s: float,
+        config: JobConfig,
     ) -> None:
-        self._grace_s = grace_s
+        self._config = config
         self._pool = pool
         self._manifest = manifest
         self._ledger = ledger
@@ -898,12 +930,12 @@ class _Dispatch:
             for slot, why in self._pool.hanging():
                 self._end_hanging(slot, why)
             if len(self._ledger.done) - last_snapshot >= _SNAPSHOT_EVERY:
-                publish_snapshot(self._store)
+                _publish(self._store, self._config)
                 last_snapshot = len(self._ledger.done)
             self._progress.show(self._ledger.standing(len(self._running)))
         if self._interrupt.is_set:
             self._progress.say("interrupt", "interrupted: ending what is about to be committed; again to stop at once")
-            deadline = time.monotonic() + self._grace_s
+            deadline = time.monotonic() + self._config.run.grace_s
             while self._running and time.monotonic() < deadline:
                 self._take_back(_POLL_S)
 

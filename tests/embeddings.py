@@ -17,11 +17,11 @@ from pipeline.columns import (
     ColumnsManifest,
     TextEmbedding,
     base_file,
-    captions_of,
     columns_store,
     commit_columns,
     new_manifest,
     open_columns,
+    stored_captions_of,
     write_image_file,
     write_text_file,
 )
@@ -69,10 +69,10 @@ def add_text_set(output: ObjectStore, **about: str) -> ObjectStore:
     store = columns_store(output, "text")
     open_columns(store, manifest)
     for commit in load_commits(output):
-        base = base_file(commit)
+        base = base_file(commit.files)
         if base is None:
             continue
-        captions = captions_of(output, base, ("caption",))
+        captions = stored_captions_of(output, base, ("caption",))
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "text.parquet"
             embeddings = (
@@ -93,7 +93,7 @@ def add_image_set(output: ObjectStore, **about: str) -> ObjectStore:
     store = columns_store(output, "image")
     open_columns(store, manifest)
     for commit in load_commits(output):
-        base = base_file(commit)
+        base = base_file(commit.files)
         if base is None:
             continue
         clips = open_records(read_data_file(output, base), base.content).read_columns(("key", "clip_index"))

@@ -35,7 +35,8 @@ def _run(flags: list[str], folder: Path, capsys: pytest.CaptureFixture[str]) -> 
         (["--config", "{tmp}/job.yaml"], "colour"),
         (["--config", "{tmp}/nowhere.yaml"], "nowhere.yaml"),
         (["--retry-failed", "too_late"], "too_late"),
-        (["--text-encoder", "some/model"], "--text-encoder"),
+        (["--text-columns", ","], "--text-columns"),
+        (["--image-encoder-sha256", "12"], "--image-encoder-sha256"),
     ],
 )
 def test_wrong_use_is_exit_code_2_with_a_message_that_names_the_culprit(

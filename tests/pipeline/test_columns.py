@@ -33,6 +33,7 @@ from pipeline.columns import (
     open_columns,
     read_columns_manifest,
     records_of,
+    stored_captions_of,
     write_image_file,
     write_text_file,
 )
@@ -157,11 +158,12 @@ def _image_record(base: ObjectStore, commit: Commit, value: float) -> None:
     about = columns_manifest("image")
     store = columns_store(base, "image")
     open_columns(store, about)
-    file = base_file(commit)
+    file = base_file(commit.files)
     assert file is not None
     path = Path(base.root_uri).parent / f"{value}.parquet"
     write_image_file(path, about, {("a", 0): np.full(DIM, value, np.float16)})
-    assert commit_columns(store, about, commit.shard_id, file, path, 1) == "committed"
+    standing, stood_before = commit_columns(store, about, commit.shard_id, file, path, 1)
+    assert (standing.source_etag, stood_before) == (file.sha256, False)
 
 
 def test_an_attempt_that_came_to_nothing_does_not_give_its_frames_to_the_one_that_counts(
@@ -246,16 +248,16 @@ def test_the_captions_of_a_base_file_are_read_without_its_latents(
 ) -> None:
     records = [record(f"k{n}", caption=f"caption {n % 3}", fields={"short": f"s{n}" if n else None}) for n in range(5)]
     base = output(store.root_uri, [records], output_format=output_format, passthrough={"short": "string"})
-    file = base_file(next(iter(load_commits(base))))
+    file = base_file(next(iter(load_commits(base))).files)
     assert file is not None
-    found = captions_of(base, file, ("caption", "short"))
+    found = stored_captions_of(base, file, ("caption", "short"))
     assert list(found) == sorted(found)
     assert found["caption 0"] == ["k0", "k3"]
     assert found["s4"] == ["k4"]
     assert found[""] == []
     local = tmp_path / "local"
     local.write_bytes(read_data_file(base, file))
-    assert captions_of(local, file, ("caption", "short")) == found
+    assert captions_of(local, file.content, file.num_rows, ("caption", "short")) == found
 
 
 def test_rows_come_back_from_many_row_groups(tmp_path: Path, cache: FileCache, monkeypatch: pytest.MonkeyPatch) -> None:
