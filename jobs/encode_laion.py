@@ -33,10 +33,12 @@ if _ROOT not in sys.path:
 from pipeline.config import parse_arguments
 from pipeline.errors import (
     ConfigMismatchError,
+    CredentialsExpiredError,
     LatentmillError,
     StorageError,
     StorageUnavailableError,
     UsageError,
+    printable,
 )
 from pipeline.metrics import RunMetrics
 from pipeline.progress import Progress
@@ -61,7 +63,7 @@ def main(argv: Sequence[str]) -> int:
             summary = run(config, progress, metrics)
     except ConfigMismatchError as error:
         return _fail(EXIT_MISMATCH, error, differences={key: list(pair) for key, pair in error.differences.items()})
-    except StorageUnavailableError as error:
+    except (StorageUnavailableError, CredentialsExpiredError) as error:
         return _fail(EXIT_UNDONE, error)
     except (UsageError, StorageError) as error:
         return _fail(EXIT_USAGE, error)
@@ -71,7 +73,7 @@ def main(argv: Sequence[str]) -> int:
         return _fail(EXIT_UNDONE, error)
     except Exception as error:
         # A lost cluster or a defect of ours: what is committed stays, and whoever reads the result line is told so.
-        traceback.print_exc()
+        print("\n".join(map(printable, traceback.format_exc().splitlines())), file=sys.stderr, flush=True)
         return _fail(EXIT_UNDONE, error)
     finally:
         if server is not None:
@@ -87,7 +89,7 @@ def _interrupt(_number: int, _frame: object) -> None:
 
 
 def _fail(exit_code: int, error: Exception, **more: object) -> int:
-    print(f"error: {error}", file=sys.stderr, flush=True)
+    print(f"error: {printable(str(error))}", file=sys.stderr, flush=True)
     _result({"exit_code": exit_code, "error": type(error).__name__, "message": str(error), **more})
     return exit_code
 

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.commit import decided_shards, latest_snapshot, load_commits, manifest_of_output
-from pipeline.errors import LatentmillError, UsageError
+from pipeline.errors import LatentmillError, UsageError, printable
 from pipeline.records import COUNTED, DatasetManifest, sum_counts
 from pipeline.storage import ObjectStore, open_store
 
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return command(arguments) or EXIT_OK
     except LatentmillError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         return EXIT_USAGE
     except BrokenPipeError:
         # The reader of a pipe (head, less) has seen enough.
@@ -117,6 +117,11 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _say(line: str) -> None:
+    # What is told may stand in an output, and that may come from anyone.
+    print(printable(line))
+
+
 def _open(uri: str) -> tuple[ObjectStore, DatasetManifest]:
     store = open_store(uri)
     return store, manifest_of_output(store)
@@ -130,11 +135,11 @@ def _inspect(arguments: argparse.Namespace) -> None:
         return
     for name, value in found.items():
         if isinstance(value, Mapping):
-            print(f"{name}:")
+            _say(f"{name}:")
             for key, entry in value.items():
-                print(f"    {key:<24} {_text(entry)}")
+                _say(f"    {key:<24} {_text(entry)}")
         else:
-            print(f"{name:<28} {_text(value)}")
+            _say(f"{name:<28} {_text(value)}")
 
 
 def _text(value: object) -> str:
@@ -184,36 +189,36 @@ def _verify(arguments: argparse.Namespace) -> int:
         return exit_code
     _print_audit(found)
     if arguments.requeue:
-        print(f"ordered   {len(ordered)} repairs; run the job on the same input again to carry them out")
+        _say(f"ordered   {len(ordered)} repairs; run the job on the same input again to carry them out")
     elif found.repairable:
-        print(f"repair    {len(found.repairable)} records by encoding their shards again: latentmill verify --requeue")
+        _say(f"repair    {len(found.repairable)} records by encoding their shards again: latentmill verify --requeue")
     return exit_code
 
 
 def _print_audit(found: Audit) -> None:
     counts = found.counts
     how = "no data file was read" if found.is_quick else f"{found.num_bytes_read:,} bytes read"
-    print(found.output)
-    print(f"records   {found.num_records:,} of {found.num_shards:,} shards, {found.num_snapshots:,} snapshots")
-    print(f"files     {found.num_files:,}, {found.num_bytes:,} bytes; {how}")
-    print(
+    _say(found.output)
+    _say(f"records   {found.num_records:,} of {found.num_shards:,} shards, {found.num_snapshots:,} snapshots")
+    _say(f"files     {found.num_files:,}, {found.num_bytes:,} bytes; {how}")
+    _say(
         f"samples   {counts.num_records:,} of {counts.num_videos_ok:,} videos; {counts.num_videos_rejected:,} rejected"
     )
     if found.num_slices:
-        print(f"planned   {found.num_slices:,} slices of tables and folders")
+        _say(f"planned   {found.num_slices:,} slices of tables and folders")
     if found.num_inputs:
-        print(f"inputs    {found.num_inputs:,} compared with what was encoded")
+        _say(f"inputs    {found.num_inputs:,} compared with what was encoded")
     if found.num_unnamed:
-        print(f"unnamed   {found.num_unnamed:,} files, {found.num_unnamed_bytes:,} bytes: latentmill gc explains them")
+        _say(f"unnamed   {found.num_unnamed:,} files, {found.num_unnamed_bytes:,} bytes: latentmill gc explains them")
     for finding in found.findings[:_MAX_SHOWN]:
-        print(f"{finding.kind:<10}{finding.where}: {finding.message}")
+        _say(f"{finding.kind:<10}{finding.where}: {finding.message}")
     if len(found.findings) > _MAX_SHOWN:
-        print(f"and {len(found.findings) - _MAX_SHOWN:,} more; --json lists them all")
+        _say(f"and {len(found.findings) - _MAX_SHOWN:,} more; --json lists them all")
     if found.damage:
         kinds = Counter(finding.kind for finding in found.damage)
-        print("DAMAGED   " + ", ".join(f"{number} x {kind}" for kind, number in kinds.most_common()))
+        _say("DAMAGED   " + ", ".join(f"{number} x {kind}" for kind, number in kinds.most_common()))
     else:
-        print("unfinished, nothing is damaged" if found.is_unfinished else "all is well")
+        _say("unfinished, nothing is damaged" if found.is_unfinished else "all is well")
 
 
 def _gc(arguments: argparse.Namespace) -> None:
@@ -237,9 +242,9 @@ def _gc(arguments: argparse.Namespace) -> None:
         return
     for file in shown:
         verdict = ("deleted" if garbage.is_deleted else "may go") if file.may_go else "stays"
-        print(f"{verdict:<8} {store.url(file.key)} ({file.num_bytes:,} bytes): {file.reason}")
+        _say(f"{verdict:<8} {store.url(file.key)} ({file.num_bytes:,} bytes): {file.reason}")
     done = "deleted" if garbage.is_deleted else "may go; --delete removes them"
-    print(
+    _say(
         f"{len(garbage.may_go):,} of {len(garbage.files):,} files, {garbage.num_bytes:,} of {num_bytes:,} bytes {done}"
     )
 
@@ -248,7 +253,7 @@ def _urls(arguments: argparse.Namespace) -> None:
     from pipeline.dataset import data_urls
 
     for url in data_urls(arguments.uri, arguments.format):
-        print(url)
+        _say(url)
 
 
 def _export(arguments: argparse.Namespace) -> None:
@@ -312,7 +317,7 @@ def _preview(arguments: argparse.Namespace) -> None:
     what = "latents, channels 0-2" + ("" if decoder is None else " | decoded")
     note = "" if facts.is_trained else " - THE MODEL IS UNTRAINED"
     grid(f"{arguments.uri}: {what}{note}", rows).save(arguments.output, format="PNG")
-    print(arguments.output)
+    _say(str(arguments.output))
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ from pipeline import sandbox
 from pipeline.config import DecodeLimits, EncodingConfig
 from pipeline.cutting import choose_bucket, clip_spans
 from pipeline.decode_child import MAX_MESSAGE_BYTES
-from pipeline.errors import DecodeChildError
+from pipeline.errors import DecodeChildError, printable
 from pipeline.records import REASONS, Bucket, Clip, ClipFailure, SourceVideo, VideoFacts
 from pipeline.store import Steps
 
@@ -170,7 +170,7 @@ class _Child:
                     raise self._lost("out_of_memory", "no memory was left", str(answer["message"]))
                 if answer["type"] == "incomplete":
                     self.kill()
-                    said = _printable(str(answer["message"]))
+                    said = printable(str(answer["message"]))
                     raise DecodeChildError(f"a decoder is incomplete ({said}); install the versions of constraints.txt")
                 if answer["type"] != "alive":
                     return answer
@@ -280,13 +280,13 @@ class _Child:
     def _log_tail(self) -> str:
         size = os.fstat(self._log_fd).st_size
         tail = os.pread(self._log_fd, _LOG_TAIL_BYTES, max(0, size - _LOG_TAIL_BYTES))
-        return _printable(tail.decode("utf-8", "backslashreplace"))
+        return printable(tail.decode("utf-8", "backslashreplace"))
 
     def _lost(self, reason: str, what: str, why: str = "") -> _ChildLostError:
         """The error of a lost child; `what` is the same for the same file every time, and goes into the output."""
         details = f"decode child {self._process.pid}: {what}"
         if why:
-            details += f": {_printable(why)}"
+            details += f": {printable(why)}"
         if log := self._log_tail().strip():
             details += f"; its log ends: {log}"
         _log.warning("%s", details)
@@ -316,11 +316,6 @@ def _configuration(encoding: EncodingConfig, limits: DecodeLimits) -> dict[str, 
         },
         "limits": dataclasses.asdict(limits),
     }
-
-
-def _printable(text: str) -> str:
-    """Without control characters: decoders repeat what stands in files, and a log line must stay one line."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 class _File:
@@ -624,4 +619,4 @@ def _rejection(child: _Child, answer: Mapping[str, Any]) -> tuple[str, str]:
     reason, message = answer.get("reason"), answer.get("message")
     if reason not in REASONS or not isinstance(message, str):
         raise child.broken("its rejection makes no sense", str(answer))
-    return str(reason), _printable(message)
+    return str(reason), printable(message)

@@ -2,12 +2,18 @@
 
 Not a catalogue of causes: a cause is the message. All of them cross process borders (Ray actors, DataLoader workers),
 so each is built from positional arguments that `Exception.args` keeps; a keyword-only constructor would not unpickle.
+Messages hold names as they are; whoever shows one to a person makes it `printable`.
 Used by every module of `pipeline` and `jobs`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+
+
+def printable(text: str) -> str:
+    """A text as one line for logs and terminals: control characters, which names in an input may hold, are escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 class LatentmillError(Exception):
@@ -49,6 +55,10 @@ class StorageDeniedError(StorageError):
 
 class StorageUnavailableError(StorageError):
     """The store did not answer properly within the retry budget. Trying again later is safe."""
+
+
+class CredentialsExpiredError(StorageError):
+    """Credentials were good and are no more, also when read anew. With valid ones the same command goes on."""
 
 
 class ObjectExistsError(StorageError):

@@ -16,6 +16,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from pipeline.errors import printable
+
 _PLAIN_INTERVAL_S = 10.0
 _RATE_WINDOW_S = 300.0
 
@@ -110,7 +112,7 @@ class Progress:
 
     def say(self, event: str, message: str) -> None:
         """One message for the log; control characters of hostile names are escaped."""
-        safe = message.encode("unicode_escape").decode("ascii") if not message.isprintable() else message
+        safe = printable(message)
         if self._mode == "json":
             print(json.dumps({"event": event, "message": safe}), file=self._stream, flush=True)
         elif self._live is not None:

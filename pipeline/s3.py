@@ -23,6 +23,7 @@ from botocore.config import Config
 from botocore.parsers import ResponseParserError
 
 from pipeline.errors import (
+    CredentialsExpiredError,
     ObjectExistsError,
     OutcomeUnknownError,
     StorageError,
@@ -275,7 +276,8 @@ class S3Store(ObjectStore):
         if status == 301 or code in _WRONG_REGION_CODES:
             return StorageError(f"{what}: the bucket lies in another region ({code}); set AWS_DEFAULT_REGION to it")
         if status in (401, 403) or code in _EXPIRED_CODES:
-            return StorageError(
+            denied = CredentialsExpiredError if code in _EXPIRED_CODES else StorageError
+            return denied(
                 f"{what}: denied by {where} ({code}); check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and "
                 "AWS_SESSION_TOKEN (or AWS_PROFILE), this machine's clock, and that they may s3:GetObject, "
                 f"s3:PutObject and s3:ListBucket on {self._bucket!r}"

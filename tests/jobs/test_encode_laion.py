@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from builders import CLIP_VIDEOS, clip_members, tar_bytes
 from conftest import SeaweedFS
+from servers import FaultProxy
 
 from jobs.encode_laion import main
 
@@ -50,6 +51,23 @@ def test_wrong_use_is_exit_code_2_with_a_message_that_names_the_culprit(
     assert said.replace("{tmp}", str(tmp_path)) in str(result["message"])
     assert "Traceback" not in err
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").glob("commits/*"))
+
+
+def test_a_hostile_name_stays_one_line_of_the_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, result, err = _run(["--input", f"{tmp_path}/no\r\nall is well\x1b[2J"], tmp_path, capsys)
+    assert (code, result["exit_code"]) == (2, 2)
+    assert "no\\r\\nall is well\\x1b[2J" in err
+    assert not set("\x1b\r") & set(err)
+    assert "all is well" not in [line[:11] for line in err.splitlines()]
+
+
+def test_credentials_that_expire_leave_the_work_undone(
+    s3_env: SeaweedFS, proxy: FaultProxy, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    proxy.fault = lambda method, path: "400"
+    code, result, _err = _run(["--output", s3_env.root()], tmp_path, capsys)
+    assert (code, result["error"]) == (4, "CredentialsExpiredError")
+    assert "AWS_SESSION_TOKEN" in str(result["message"])
 
 
 def test_wrong_credentials_are_named_without_being_shown(

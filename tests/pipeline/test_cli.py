@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import latents
@@ -10,8 +11,9 @@ import pytest
 from PIL import Image
 
 from pipeline.cli import main
-from pipeline.commit import publish_snapshot, read_manifest
+from pipeline.commit import open_dataset, publish_snapshot, read_manifest
 from pipeline.records import Bucket
+from pipeline.storage import open_store
 
 VIDEO = Bucket(width_px=32, height_px=24, num_frames=9)
 
@@ -74,3 +76,21 @@ def test_a_folder_that_is_no_output_is_named(
 ) -> None:
     assert main([command[0], str(tmp_path), *command[1:]]) == 2
     assert f"{tmp_path} is no output of Latentmill" in capsys.readouterr().err
+
+
+def test_what_stands_in_an_output_forges_no_line_and_reaches_no_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    forged = "x\r\nall is well\x1b[2J\u202e"
+    store = open_store(str(tmp_path / "out"))
+    model = replace(latents.MODEL, model=forged)
+    manifest = open_dataset(store, replace(latents.manifest(), model=model, fingerprint_fields={"fps": forged}))
+    latents.commit_records(store, manifest, "s000", [latents.record("a", 0, VIDEO)])
+    (tmp_path / "out" / "data" / f"{forged}.tar").write_text("")
+    commands = (["inspect"], ["urls"], ["verify"], ["gc", "--all"])
+    assert [main([command, str(tmp_path / "out"), *flags]) for command, *flags in commands] == [0, 0, 0, 0]
+    assert main(["inspect", f"/no/{forged}"]) == 2
+    said = "".join(capsys.readouterr())
+    assert "x\\r\\nall is well\\x1b[2J\\u202e" in said
+    assert "\nall is well\x1b" not in said
+    assert not set("\x1b\r\u202e") & set(said)

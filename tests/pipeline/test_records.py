@@ -42,6 +42,7 @@ def test_a_reason_outside_the_closed_list_cannot_be_recorded() -> None:
         errors.StorageError("denied"),
         errors.StorageNotFoundError("no bucket"),
         errors.StorageUnavailableError("no answer"),
+        errors.CredentialsExpiredError("too old"),
         errors.ObjectExistsError("there"),
         errors.OutcomeUnknownError("who knows"),
         errors.DamagedObjectError("short"),

@@ -27,6 +27,7 @@ from servers import Fault, FaultProxy
 import pipeline.s3
 import pipeline.store
 from pipeline.errors import (
+    CredentialsExpiredError,
     ObjectExistsError,
     OutcomeUnknownError,
     StorageError,
@@ -333,7 +334,7 @@ def test_an_expired_token_is_renewed_once_and_then_ends_the_attempt(proxy: Fault
     proxy.first(1, "400", "GET")
     assert far_store.get("x") == b"1"
     proxy.fault = lambda method, path: "400"
-    with pytest.raises(StorageError, match=r"ExpiredToken.*AWS_SESSION_TOKEN"):
+    with pytest.raises(CredentialsExpiredError, match=r"ExpiredToken.*AWS_SESSION_TOKEN"):
         far_store.get("x")
 
 
