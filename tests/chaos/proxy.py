@@ -1,6 +1,7 @@
 """A way to an S3 store on which things go wrong, by seed: a process of its own, so that killing a job does not kill it.
 
-    python tests/chaos/proxy.py --upstream http://127.0.0.1:8333 --port 9000 --seed 7 --rate 0.3 --inputs-bucket shards
+    python -m chaos.proxy --upstream http://127.0.0.1:8333 --port 9000 --seed 7 --rate 0.3 --inputs-bucket shards
+    python -m chaos.proxy --upstream http://127.0.0.1:8333 --port 9000 --policy POLICY.json --role NAME --bucket latents
 
 S3 signatures cover the header Host, so every header, Host among them, goes on as it came. Whether the n-th request of
 a key class is spoiled depends on the seed alone; of the kinds of fault that fit a request, the one that its class has
@@ -10,6 +11,8 @@ Kinds that never reach the store: error_500, slow_down_503, conflict_409, expire
 class answers 503 for half a second). Of uploads: half_upload (the store sees a part, then a reset), lost_response,
 error_after and precondition_412 (landed, and the answer is a reset, a 500 or a 412), late_write (a 500 now, landed
 later). Of downloads: cut_body, short_body (header and body agree and are too short), flipped_byte. And delay.
+
+With `--policy` it lets pass what a bucket policy of AWS allows a role, refuses the rest with 403, and reports it.
 
 Not spoiled: the bytes of lists and of ranges. Nothing in S3's protocol lets a client notice a flipped bit there; TLS
 does, and a digest in the input.
@@ -23,8 +26,10 @@ import random
 from collections import Counter
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from aiohttp import ClientError, ClientSession, ClientTimeout, DummyCookieJar, TCPConnector, web
+from chaos.policy import BucketPolicy
 from yarl import URL
 
 CLASSES = ("plans", "data", "records", "snapshots", "inputs", "dataset")
@@ -45,6 +50,7 @@ _ANSWERS = {
     "error_after": (500, "InternalError"),
     "late_write": (500, "InternalError"),
     "precondition_412": (412, "PreconditionFailed"),
+    "denied": (403, "AccessDenied"),
 }
 _OUTAGE_S = 0.5
 _DELAY_S = 0.3
@@ -88,12 +94,24 @@ class _Answer:
 class Proxy:
     """The handler of all requests, and the account of what it did."""
 
-    def __init__(self, upstream: str, seed: int, rate: float, most: int, inputs_bucket: str) -> None:
+    def __init__(
+        self,
+        upstream: str,
+        seed: int = 0,
+        rate: float = 0.0,
+        most: int = 1_000_000,
+        inputs_bucket: str = "shards",
+        policy: BucketPolicy | None = None,
+        role: str = "",
+    ) -> None:
         self._upstream = upstream.rstrip("/")
         self._seed = seed
         self._rate = rate
         self._most = most
         self._inputs_bucket = inputs_bucket
+        self._policy = policy
+        self._role = role
+        self._denied: list[str] = []
         self._num_requests: Counter[str] = Counter()
         self._done: Counter[tuple[str, str]] = Counter()
         self._outage_until_s: dict[str, float] = {}
@@ -107,9 +125,15 @@ class Proxy:
                 {
                     "requests": self._num_requests.total(),
                     "faults": [[kind, name, number] for (kind, name), number in sorted(self._done.items())],
+                    "denied": self._denied,
                 }
             )
         body = await request.read()
+        if self._policy is not None and not self._policy.is_allowed(
+            self._role, request.method, request.path, request.query, request.headers
+        ):
+            self._denied.append(f"{request.method} {request.path_qs}")
+            return _error("denied")
         name = class_of(request.path, request.query.get("prefix", ""), self._inputs_bucket)
         kind = self._kind_for(request, name)
         if kind is not None:
@@ -254,8 +278,12 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=0.0)
     parser.add_argument("--most", type=int, default=1_000_000)
     parser.add_argument("--inputs-bucket", default="shards")
+    parser.add_argument("--policy", type=Path)
+    parser.add_argument("--role", default="")
+    parser.add_argument("--bucket", default="latents")
     flags = parser.parse_args()
-    proxy = Proxy(flags.upstream, flags.seed, flags.rate, flags.most, flags.inputs_bucket)
+    policy = None if flags.policy is None else BucketPolicy(flags.policy, flags.bucket)
+    proxy = Proxy(flags.upstream, flags.seed, flags.rate, flags.most, flags.inputs_bucket, policy, flags.role)
     app = web.Application(client_max_size=1 << 30)
     app.router.add_route("*", "/{path:.*}", proxy.handle)
     app.on_cleanup.append(proxy.close)

@@ -18,7 +18,7 @@ import urllib.request
 import uuid
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -65,16 +65,14 @@ class StoreResult:
 
 
 @contextmanager
-def fault_proxy(endpoint: str, seed: int, rate: float, most: int) -> Iterator[str]:
+def proxy_process(endpoint: str, *flags: str) -> Iterator[str]:
     """The proxy as a process of its own; gives its endpoint."""
     port = free_ports(1)
-    command = [sys.executable, str(_HERE / "proxy.py"), "--upstream", endpoint, "--port", str(port)]
+    command = [sys.executable, "-m", "chaos.proxy", "--upstream", endpoint, "--port", str(port), *flags]
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder, "log")
         with log.open("wb") as output:
-            process = subprocess.Popen(
-                [*command, "--seed", str(seed), "--rate", str(rate), "--most", str(most)], stdout=output, stderr=output
-            )
+            process = subprocess.Popen(command, stdout=output, stderr=output, cwd=_HERE.parent)
         try:
             wait_for_http(f"http://127.0.0.1:{port}/-/report", process, log)
             yield f"http://127.0.0.1:{port}"
@@ -82,11 +80,21 @@ def fault_proxy(endpoint: str, seed: int, rate: float, most: int) -> Iterator[st
             stop(process)
 
 
-def faults_of(proxy: str) -> Counter[tuple[str, str]]:
-    """What a proxy has injected so far: (kind, key class) -> number."""
+def fault_proxy(endpoint: str, seed: int, rate: float, most: int) -> AbstractContextManager[str]:
+    """A proxy on which things go wrong."""
+    return proxy_process(endpoint, "--seed", str(seed), "--rate", str(rate), "--most", str(most))
+
+
+def report_of(proxy: str) -> dict[str, Any]:
+    """What a proxy has done so far."""
     with urllib.request.urlopen(f"{proxy}/-/report", timeout=30) as answer:
         report: dict[str, Any] = json.load(answer)
-    return Counter({(kind, name): number for kind, name, number in report["faults"]})
+    return report
+
+
+def faults_of(proxy: str) -> Counter[tuple[str, str]]:
+    """What a proxy has injected so far: (kind, key class) -> number."""
+    return Counter({(kind, name): number for kind, name, number in report_of(proxy)["faults"]})
 
 
 def put_inputs(env: Mapping[str, str]) -> str:
