@@ -33,8 +33,9 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
+from functools import cache
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 from pipeline.errors import (
     ConfigMismatchError,
@@ -116,15 +117,36 @@ def decided_shards(commits: Iterable[Commit]) -> tuple[DecidedShard, ...]:
 
 
 def _decided_shard(shard_id: str, commits: list[Commit]) -> DecidedShard:
-    commits = sorted(commits, key=lambda commit: commit.generation)
-    last = commits[-1]
-    replaced = {commit.replaces for commit in commits}
+    last = max(commits, key=lambda commit: commit.generation)
     return DecidedShard(
         shard_id=shard_id,
-        commits=tuple(commit for commit in commits if name_of(commit) not in replaced),
+        commits=tuple(records_that_count(commits)),
         counts=last.counts if last.shard_counts is None else last.shard_counts,
         next_generation=last.generation + 1,
     )
+
+
+class RecordOfShard(Protocol):
+    """What decides whether a record counts among those of its shard."""
+
+    @property
+    def shard_id(self) -> str: ...
+    @property
+    def generation(self) -> int: ...
+    @property
+    def replaces(self) -> str | None: ...
+
+
+_R = TypeVar("_R", bound=RecordOfShard)
+
+
+def records_that_count(records: Iterable[_R]) -> list[_R]:
+    """Of all records of one shard those that none replaces, in the order of their generations."""
+    records = sorted(records, key=lambda record: record.generation)
+    replaced = {record.replaces for record in records if record.replaces is not None}
+    if not replaced:
+        return records
+    return [record for record in records if record_name(record.shard_id, record.generation) not in replaced]
 
 
 _LATER_GENERATION = re.compile(r"(.+)\.r([1-9][0-9]*)")
@@ -473,22 +495,40 @@ def read_snapshot(store: ObjectStore, number: int) -> Snapshot:
         StorageNotFoundError: there is no snapshot of this number.
         DamagedObjectError: the snapshot or a segment of it is damaged.
     """
+    digest, segments = _read_contents(store, number)
+    commits = sorted(_commits_of(store, number, digest, segments), key=name_of)
+    return Snapshot(number=number, digest=digest, segments=segments, commits=tuple(commits))
+
+
+def snapshot_commits(store: ObjectStore, number: int) -> Iterator[Commit]:
+    """The commits of a snapshot in any order, one segment of them in memory; for readers that keep little of each.
+
+    Raises:
+        StorageNotFoundError: there is no snapshot of this number.
+        DamagedObjectError: the snapshot or a segment of it is damaged; after the last commit where it lacks one.
+    """
+    return _commits_of(store, number, *_read_contents(store, number))
+
+
+def _read_contents(store: ObjectStore, number: int) -> tuple[str, tuple[Segment, ...]]:
+    """Digest and segments of a snapshot."""
     key = _snapshot_key(number)
+    return _parsed(
+        store,
+        key,
+        store.get(key),
+        lambda value: (str(value["digest"]), tuple(Segment(**segment) for segment in value["segments"])),
+    )
 
-    def build(value: dict[str, Any]) -> Snapshot:
-        segments = tuple(Segment(**segment) for segment in value["segments"])
-        commits = tuple(commit for segment in segments for commit in _read_segment(store, segment))
-        return Snapshot(
-            number=value["number"],
-            digest=value["digest"],
-            segments=segments,
-            commits=tuple(sorted(commits, key=name_of)),
-        )
 
-    snapshot = _parsed(store, key, store.get(key), build)
-    if snapshot.digest != _digest(snapshot.commits):
-        raise DamagedObjectError(f"{store.url(key)} states another digest than that of its commits")
-    return snapshot
+def _commits_of(store: ObjectStore, number: int, digest: str, segments: Iterable[Segment]) -> Iterator[Commit]:
+    lines: list[str] = []
+    for segment in segments:
+        for commit in _read_segment(store, segment):
+            lines.append(_digest_line(commit))
+            yield commit
+    if _digest_of_lines(lines) != digest:
+        raise DamagedObjectError(f"{store.url(_snapshot_key(number))} states another digest than that of its commits")
 
 
 _SNAPSHOT_KEY = re.compile(r"snapshots/(\d{12})\.json")
@@ -512,8 +552,15 @@ def _snapshot_bytes(snapshot: Snapshot) -> bytes:
 
 
 def _digest(commits: Iterable[Commit]) -> str:
-    lines = sorted(f"{name_of(commit)} {commit.nonce}\n" for commit in commits)
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
+    return _digest_of_lines([_digest_line(commit) for commit in commits])
+
+
+def _digest_line(commit: Commit) -> str:
+    return f"{name_of(commit)} {commit.nonce}\n"
+
+
+def _digest_of_lines(lines: list[str]) -> str:
+    return hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()
 
 
 def _write_segments(
@@ -537,11 +584,12 @@ def _put_segment(store: ObjectStore, commits: list[Commit]) -> Segment:
     return Segment(key=key, num_bytes=len(data), sha256=sha256, num_commits=len(commits))
 
 
-def _read_segment(store: ObjectStore, segment: Segment) -> list[Commit]:
+def _read_segment(store: ObjectStore, segment: Segment) -> Iterator[Commit]:
     data = store.get(segment.key)
     if len(data) != segment.num_bytes or hashlib.sha256(data).hexdigest() != segment.sha256:
         raise DamagedObjectError(f"{store.url(segment.key)} does not have the SHA-256 that its snapshot states")
-    return [_commit_of(store, segment.key, line) for line in gzip.decompress(data).splitlines()]
+    for line in gzip.decompress(data).splitlines():
+        yield _commit_of(store, segment.key, line)
 
 
 def _plain(value: Mapping[str, object]) -> dict[str, Any]:
@@ -593,4 +641,9 @@ def _manifest_of(store: ObjectStore, data: bytes) -> DatasetManifest:
 
 def _known(record_type: Any, value: dict[str, Any]) -> dict[str, Any]:
     # A later version may add fields that this one does not need.
-    return {field.name: value[field.name] for field in fields(record_type) if field.name in value}
+    return {name: value[name] for name in _field_names(record_type) if name in value}
+
+
+@cache
+def _field_names(record_type: Any) -> tuple[str, ...]:
+    return tuple(field.name for field in fields(record_type))

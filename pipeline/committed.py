@@ -12,6 +12,7 @@ import fcntl
 import hashlib
 import os
 import re
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -25,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from pipeline.commit import DecidedShard, decided_shards, fetch_data_file, read_data_file
+from pipeline.commit import DecidedShard, decided_shards, fetch_data_file, read_data_file, records_that_count
 from pipeline.errors import DamagedObjectError, StorageNotFoundError
 from pipeline.records import ClipFailure, Commit, FileStat, ShardCounts
 from pipeline.storage import ObjectStore
@@ -168,15 +169,37 @@ def with_shard_counts(commit: Commit, before: Sequence[Commit], store: ObjectSto
     return replace(commit, shard_counts=shard_outcome(shard, store, cache).counts)
 
 
-def data_files(commits: Sequence[Commit], store: ObjectStore, cache: FileCache) -> tuple[DataFile, ...]:
-    """The files with latents in the order of their shards; rows that an earlier generation has are dropped."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _LatentsOfRecord:
+    """What is needed of a commit record to find the latents: a tenth of it."""
+
+    shard_id: str
+    generation: int
+    replaces: str | None
+    stat: FileStat | None
+
+
+def data_files(commits: Iterable[Commit], store: ObjectStore, cache: FileCache) -> tuple[DataFile, ...]:
+    """The files with latents in the order of their shards; rows that an earlier generation has are dropped.
+
+    Commits may come in any order, and nothing of them is kept but what finds the latents.
+    """
+    by_shard: dict[str, list[_LatentsOfRecord]] = {}
+    for commit in commits:
+        stat = _file_with_latents(commit)
+        if stat is not None:
+            stat = replace(stat, bucket_rows={sys.intern(bucket): rows for bucket, rows in stat.bucket_rows.items()})
+        latents = _LatentsOfRecord(
+            shard_id=commit.shard_id, generation=commit.generation, replaces=commit.replaces, stat=stat
+        )
+        by_shard.setdefault(commit.shard_id, []).append(latents)
     files: list[DataFile] = []
-    for shard in decided_shards(commits):
-        stats = [stat for commit in shard.commits if (stat := _file_with_latents(commit)) is not None]
+    for shard_id in sorted(by_shard):
+        stats = [latents.stat for latents in records_that_count(by_shard.pop(shard_id)) if latents.stat is not None]
         if len(stats) == 1 and sum(stats[0].bucket_rows.values()) == stats[0].num_rows:
-            files.append(DataFile(shard_id=shard.shard_id, stat=stats[0], bucket_rows=stats[0].bucket_rows))
+            files.append(DataFile(shard_id=shard_id, stat=stats[0], bucket_rows=stats[0].bucket_rows))
         else:
-            files.extend(_merged_generations(shard.shard_id, stats, store, cache))
+            files.extend(_merged_generations(shard_id, stats, store, cache))
     return tuple(files)
 
 

@@ -26,7 +26,14 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from pipeline.batches import BATCH_NAMES, BatchRecipe
 from pipeline.columns import ColumnSet
-from pipeline.commit import decided_shards, latest_snapshot_number, load_commits, manifest_of_output, read_snapshot
+from pipeline.commit import (
+    decided_shards,
+    latest_snapshot_number,
+    load_commits,
+    manifest_of_output,
+    read_snapshot,
+    snapshot_commits,
+)
 from pipeline.committed import DataFile, FileCache, data_files
 from pipeline.epoch import (
     LANES,
@@ -336,13 +343,14 @@ class LatentDataset(IterableDataset[dict[str, Any]]):
         return number
 
     def _planned(self, snapshot: int | None) -> _Plan:
-        number, commits = _pinned_commits(self._store, snapshot)
-        files = data_files(commits, self._store, self._cache)
+        if snapshot is None:
+            snapshot = latest_snapshot_number(self._store)
+        files = data_files(_commits(self._store, snapshot), self._store, self._cache)
         if self._filter is not None:
             files = select(files, *self._filter, self._store, self._cache)
         buckets = tuple(sorted({bucket for file in files for bucket, rows in file.bucket_rows.items() if rows}))
         if not buckets:
-            shards = decided_shards(commits)
+            shards = decided_shards(_commits(self._store, snapshot))
             rejected = sum(shard.counts.num_videos_rejected for shard in shards)
             raise UsageError(
                 f"{self._store.root_uri} holds no latents: {len(shards)} committed shards with {rejected} rejected "
@@ -350,7 +358,7 @@ class LatentDataset(IterableDataset[dict[str, Any]]):
             )
         counts = [[file.bucket_rows.get(bucket, 0) for bucket in buckets] for file in files]
         return _Plan(
-            snapshot=number,
+            snapshot=snapshot,
             files=files,
             buckets=buckets,
             counts=np.array(counts, dtype=np.int64),
@@ -571,15 +579,13 @@ def _check_draws(sample_posterior: bool, caption_dropout: float, manifest: Datas
         raise UsageError(f"caption_dropout is {caption_dropout}; it is a probability, from 0 to 1")
 
 
-def _pinned_commits(store: ObjectStore, number: int | None) -> tuple[int | None, list[Commit]]:
-    if number is None:
-        number = latest_snapshot_number(store)
-        if number is None:
-            return None, list(load_commits(store))
+def _commits(store: ObjectStore, snapshot: int | None) -> Iterator[Commit]:
+    if snapshot is None:
+        return load_commits(store)
     try:
-        return number, list(read_snapshot(store, number).commits)
+        return snapshot_commits(store, snapshot)
     except StorageNotFoundError as error:
-        raise UsageError(f"{store.root_uri} has no snapshot {number}: {error}") from error
+        raise UsageError(f"{store.root_uri} has no snapshot {snapshot}: {error}") from error
 
 
 def _digest(files: Sequence[DataFile]) -> str:
