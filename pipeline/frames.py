@@ -278,21 +278,27 @@ def _read_packets(
     sign_of_life: Callable[[], None],
     num_whole: int | None,
     is_cut: bool,
+    said_at_open: str = "",
 ) -> _Packets:
     """Reads to the end.
 
     Args:
         num_whole: packets before damage that the demuxer does not see.
         is_cut: the last packet may not be whole, and the demuxer does not see it.
+        said_at_open: what the demuxer complained of before the first packet; "" for nothing.
     """
     import av.logging
 
     _prepare(stream, {}, limits)
     found = _Packets()
     has_key, last_pts, last_time, last_dts = False, None, None, None
-    # In transport streams the demuxer doubts every packet before a jump of a counter, also where jumps are allowed.
-    can_doubt = container.format.name != "mpegts"
+    is_transport, is_mov = container.format.name == "mpegts", container.format.name.startswith("mov")
+    num_before_key = 0
+    times: set[int] = set()
     places: list[tuple[int, int]] = []
+    if said_at_open and not is_mov:
+        # The demuxer had read ahead: which packets came before the damage is not known any more.
+        found.note_damage(said_at_open)
     with av.logging.Capture() as complaints:
         for packet in _packets(container, stream):
             sign_of_life()
@@ -311,11 +317,16 @@ def _read_packets(
                 raise RejectionError("unreadable", f"packet {found.num_seen} of the video carries no time")
             if found.lost_pts is not None:
                 found.note_damage("a packet in the middle is damaged")
-            found.lost_pts = pts if packet.is_corrupt and can_doubt else None
+            # In transport streams the demuxer doubts every packet before a jump of a counter, also where it may jump.
+            found.lost_pts = pts if packet.is_corrupt and not is_transport else None
+            if is_mov and pts in times:
+                found.note_damage(f"two frames are to be shown at the same time, {pts} ticks")
+            times.add(pts)
             last_time, last_dts = pts, pts if packet.dts is None else packet.dts
             places.append((packet.pos or 0, packet.size))
             has_key |= packet.is_keyframe
             if not has_key:
+                num_before_key += not packet.is_discard
                 continue
             _try_picture(stream, packet, found)
             # Frames before the first key frame in time refer to what is not there; discarded ones are never shown.
@@ -333,9 +344,20 @@ def _read_packets(
     places.sort()
     if container.format.name.startswith("mov") and any(a + n > b for (a, n), (b, _) in itertools.pairwise(places)):
         raise RejectionError("decode_error", "the index of the file gives the same bytes to several frames")
+    if num_before_key and not is_transport:
+        # A transport stream may begin anywhere; the writer of a file began at a key frame.
+        raise RejectionError(
+            "frames_missing", f"the first {num_before_key} frames of the file come before its first key frame"
+        )
+    is_short = found.num_seen - (found.lost_pts is not None) < stream.frames
+    if said_at_open and is_mov and is_short:
+        # Which of them are missing, the damaged index does not say.
+        found.num_proven, found.damage = 0, said_at_open
     found.drop_what_is_not_proven()
-    if is_cut and last_dts is not None:
+    if is_cut:
         found.lost_pts = last_time
+    # Frames that are shown earlier than what was read last may have been to follow it.
+    if last_dts is not None and (is_cut or (found.ended_early and (is_short or stream.frames == 0))):
         found.drop_from(last_dts)
     return found
 
@@ -422,7 +444,14 @@ def scan_video(media_fd: int, limits: DecodeLimits, sign_of_life: Callable[[], N
     Raises:
         RejectionError: unreadable, not_allowed, no_video, too_large, decode_error or frames_missing.
     """
-    with _open_container(media_fd, limits) as container:
+    import av.logging
+
+    with av.logging.Capture() as complaints:
+        opened = _open_container(media_fd, limits)
+        said = [
+            text.strip() for level, name, text in complaints if level <= av.logging.ERROR and name == opened.format.name
+        ]
+    with opened as container:
         stream, num_video_streams = _choose_stream(container, limits)
         num_whole, is_cut = None, False
         if container.format.name == "mpegts":
@@ -433,7 +462,7 @@ def scan_video(media_fd: int, limits: DecodeLimits, sign_of_life: Callable[[], N
             is_cut = check.ends_inside_packet
         if container.format.name == "avi":
             num_whole = avi_packets_before_damage(media_fd, stream.index)
-        packets = _read_packets(container, stream, limits, sign_of_life, num_whole, is_cut)
+        packets = _read_packets(container, stream, limits, sign_of_life, num_whole, is_cut, "; ".join(said))
         if not packets.pts and packets.damage:
             raise RejectionError("frames_missing", f"the file is damaged before its second key frame: {packets.damage}")
         if not packets.pts:
@@ -524,7 +553,9 @@ class _DecordReader:
         self._shape = shape
         self._sign_of_life = sign_of_life
         self._position = 0
-        if len(self._reader) != len(scan.pts):
+        # Frames behind a cut that decord counts as well are not among those that are proven.
+        is_shortened = scan.timeline.num_promised > len(scan.pts)
+        if len(self._reader) != len(scan.pts) and not (is_shortened and len(self._reader) > len(scan.pts)):
             raise _NumberingError(f"decord counts {len(self._reader)} frames, the file has {len(scan.pts)}")
         given_s = self._reader.get_frame_timestamp(np.arange(len(scan.pts)))[:, 0].astype(np.float64)
         times_s = (scan.pts - scan.pts[0]) * scan.timeline.tick_s

@@ -37,6 +37,16 @@ def test_damaged_videos_are_recorded_whole_or_rejected_and_never_with_a_frame_tw
     assert not {"decoder_crash", "timeout", "out_of_memory"} & tally.reasons.keys()
 
 
+def test_mutants_that_once_lost_frames_without_a_word_are_told_of_now(judge: VideoJudge) -> None:
+    """A cut among frames that need each other, a cluster twice, a lost key frame, a damaged index, two frames at once."""
+    tally = Tally()
+    judge.judge((video_mutant(1, number) for number in (88, 264, 268, 325, 400, 409, 412)), tally)
+    assert tally.violations == []
+    assert (tally.counts["videos"], tally.counts["videos recorded whole"]) == (7, 0)
+    assert tally.reasons.keys() == {"frames_missing"}
+    assert tally.counts["clips with a gap"] == 0, tally.notes
+
+
 def test_damaged_tars_and_hostile_texts_lose_no_sample_without_a_word(tmp_path: Path) -> None:
     descriptors = len(os.listdir("/proc/self/fd"))
     tally = Tally()

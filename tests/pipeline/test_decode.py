@@ -273,6 +273,22 @@ def test_a_transport_stream_that_is_cut_anywhere_gives_the_clips_before_the_cut(
     assert late == expected
 
 
+@pytest.mark.parametrize("suffix", [".mkv", ".mp4"])
+def test_a_file_that_is_cut_among_frames_that_need_each_other_rejects_what_was_to_follow(
+    suffix: str, pool: DecodePool
+) -> None:
+    codec = ("-c:v", "libx264", "-g", "50", "-bf", "3", "-movflags", "+faststart")
+    whole = moving_pattern("160x120", "25", 8, *codec, suffix=suffix)
+    expected = digests(list(pool.decode([video(whole)])))
+    assert len(expected) == 7
+    for share in np.linspace(0.6, 0.98, 6):
+        got = digests(list(pool.decode([video(whole[: int(len(whole) * share)])])))
+        there = [one for one in got if len(one) == 4]
+        assert there == expected[: len(there)]
+        assert got[len(there) :] == [("key", index, "frames_missing") for index in range(len(there), 7)]
+        assert len(there) < 7
+
+
 def test_a_decoder_that_refuses_everything_is_asked_only_so_often() -> None:
     codec = ("-c:v", "libx264", "-bf", "0", "-preset", "ultrafast")
     broken = bytearray(moving_pattern("64x64", "25", 20, *codec, suffix=".avi"))
