@@ -168,10 +168,12 @@ def encode_texts(run: RunPart, text: TextEncoderConfig, progress: Progress) -> S
     check_store(store, run.single_writer)
     open_sets(output, encoders.manifests)
     tasks, summary = _tasks(output, progress)
-    for number, task in enumerate(tasks[: run.limit]):
+    todo = tasks[: run.limit]
+    told_at_s = started
+    for number, task in enumerate(todo, start=1):
         try:
             is_ours = _cover(encoders, output, task, summary)
-        except (StorageUnavailableError, UsageError):
+        except StorageUnavailableError:
             raise
         except StorageError as error:
             # Damage of one file of the output; the next record may be well.
@@ -182,16 +184,14 @@ def encode_texts(run: RunPart, text: TextEncoderConfig, progress: Progress) -> S
         elif is_ours:
             summary.num_records_repaired += 1
         else:
-            message = (
-                f"{task.repairs} of the set is damaged, and embedding its texts again gives other bytes: restore it"
-            )
+            message = f"{task.repairs} of the set is damaged, and its texts give other bytes now: restore its file"
             _leave_undone(summary, task, message, progress)
-        if (number + 1) % _SNAPSHOT_EVERY == 0:
+        if number % _SNAPSHOT_EVERY == 0:
             publish_snapshot(store)
-        _tell(progress, number + 1, len(tasks[: run.limit]), started)
+        if time.monotonic() - told_at_s >= _TOLD_EVERY_S:
+            told_at_s = time.monotonic()
+            progress.say("progress", f"records {number}/{len(todo)}  elapsed {told_at_s - started:.0f} s")
     summary.snapshot = publish_snapshot(store).number
-    if len(tasks) > (run.limit or len(tasks)) or summary.undone:
-        summary.exit_code = EXIT_UNDONE
     summary.elapsed_s = round(time.monotonic() - started, 3)
     return summary
 
@@ -250,17 +250,6 @@ def _leave_undone(summary: Summary, task: _Task, message: str, progress: Progres
     summary.exit_code = EXIT_UNDONE
     if len(summary.undone) < _MAX_TOLD:
         summary.undone[task.record] = message
-
-
-_told_at_s = float("-inf")
-
-
-def _tell(progress: Progress, num_done: int, num_tasks: int, started: float) -> None:
-    global _told_at_s
-    now = time.monotonic()
-    if now - _told_at_s >= _TOLD_EVERY_S or num_done == num_tasks:
-        _told_at_s = now
-        progress.say("progress", f"records {num_done}/{num_tasks}  elapsed {now - started:.0f} s")
 
 
 def _interrupt(_number: int, _frame: object) -> None:

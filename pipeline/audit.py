@@ -12,6 +12,9 @@ checked here is checked from the stored bytes alone, by code of its own where th
     plans       every slice that was planned is there; which of them are not decided yet
     inputs      on request: whether the sources still are what was encoded
 
+A column set (`columns`) is audited by its own URI: its rows are unique, of the stated dtype and shape, and finite;
+every record of the output with samples has one of the set, with the texts or clips of its base file and no others.
+
 A quick audit reads records and lists, and no data file.
 """
 
@@ -32,16 +35,26 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.columns import (
+    ColumnsManifest,
+    base_file,
+    base_of,
+    columns_manifest_of,
+    columns_schema,
+    stored_captions_of,
+)
 from pipeline.commit import (
     DecidedShard,
     Snapshot,
     committed_ids,
     decided_shards,
+    known_commits,
     load_commits,
     manifest_of_output,
     name_of,
     parse_record_name,
     read_data_file,
+    read_shard,
     read_snapshot,
 )
 from pipeline.committed import FileCache, shard_outcome
@@ -69,7 +82,7 @@ FINDINGS: Mapping[str, str] = {
     "snapshot": "a snapshot cannot be read, is missing from the row, or lacks what stood in an earlier one",
     "plan": "a plan cannot be read, or a slice of it is not there",
     # From here on: no damage.
-    "undecided": "a planned slice has no record yet",
+    "undecided": "a planned slice, or a record of the output in a column set, has no record yet",
     "ordered": "a repair is ordered and not done yet",
     "changed": "an input is another one than when it was encoded",
 }
@@ -82,6 +95,7 @@ _NUM_READERS = 16
 _NUM_CHECKERS = 4
 _CACHE_BYTES = 4 << 30
 _MAX_PER_FILE = 20
+_Manifest = DatasetManifest | ColumnsManifest
 _T = TypeVar("_T")
 _R = TypeVar("_R")
 
@@ -171,8 +185,11 @@ def audit(store: ObjectStore, *, is_quick: bool = False, with_inputs: bool = Fal
         UsageError: there is no output here.
         StorageError: the store does not answer.
     """
-    manifest = manifest_of_output(store)
+    output = base_of(store)
+    manifest = manifest_of_output(store) if output is None else columns_manifest_of(store)
     findings: list[Finding] = []
+    # Listed before the set: an actor commits the set's record first.
+    expected = () if output is None else known_commits(output)
     names = sorted(committed_ids(store))
     commits = _records(store, names, manifest, findings)
     # Listed after the records were read: whatever they name was there before them.
@@ -187,14 +204,16 @@ def audit(store: ObjectStore, *, is_quick: bool = False, with_inputs: bool = Fal
     for checked in _in_parallel(check, counting, _NUM_CHECKERS):
         findings += checked.findings
         num_bytes_read += checked.num_bytes_read
-    if not is_quick:
+    if output is not None:
+        findings += _check_coverage(expected, counting)
+    elif not is_quick:
         findings += _check_generations(store, shards.values(), {finding.record for finding in findings})
     num_snapshots = _check_snapshots(store, commits, names, findings, is_quick)
     slices = _check_plans(store, shards, commits, findings, is_quick)
     for record in ordered_repairs(store, shards):
         message = "a repair is ordered; the next run of the job on this input carries it out"
         findings.append(Finding(kind="ordered", where=record, message=message))
-    num_inputs = _check_inputs(store, shards, slices, findings) if with_inputs else 0
+    num_inputs = _check_inputs(store, shards, slices, findings) if with_inputs and output is None else 0
     named = {file.key: file.num_bytes for commit in commits.values() for file in commit.files}
     unnamed = {key: num_bytes for key, num_bytes in sizes.items() if key not in named}
     return Audit(
@@ -213,6 +232,19 @@ def audit(store: ObjectStore, *, is_quick: bool = False, with_inputs: bool = Fal
         counts=sum_counts(shard.counts for shard in shards.values()),
         findings=tuple(findings),
     )
+
+
+def _check_coverage(expected: Sequence[Commit], records: Sequence[Commit]) -> Iterator[Finding]:
+    """Records of the output with samples that a set does not speak of yet."""
+    covered = {(record.shard_id, record.source_etag) for record in records}
+    for shard in decided_shards(expected):
+        for commit in shard.commits:
+            base = base_file(commit.files)
+            if base is not None and (shard.shard_id, base.sha256) not in covered:
+                message = (
+                    "this record of the output has no embeddings yet: run jobs/encode_text.py, for first frames the job"
+                )
+                yield Finding(kind="undecided", where=name_of(commit), message=message)
 
 
 def _check_generations(
@@ -247,7 +279,7 @@ def _in_parallel(work: Callable[[_T], _R], entries: Iterable[_T], num_threads: i
 
 
 def _records(
-    store: ObjectStore, names: Sequence[str], manifest: DatasetManifest, findings: list[Finding]
+    store: ObjectStore, names: Sequence[str], manifest: _Manifest, findings: list[Finding]
 ) -> dict[str, Commit]:
     """The records that can be read, by name."""
 
@@ -273,7 +305,7 @@ def _records(
     return commits
 
 
-def _wrong_with(commit: Commit, name: str, manifest: DatasetManifest) -> Iterator[str]:
+def _wrong_with(commit: Commit, name: str, manifest: _Manifest) -> Iterator[str]:
     shard_id, generation = parse_record_name(name)
     if (commit.shard_id, commit.generation) != (shard_id, generation):
         yield f"it is the record of generation {commit.generation} of {commit.shard_id}"
@@ -301,7 +333,7 @@ def _wrong_with(commit: Commit, name: str, manifest: DatasetManifest) -> Iterato
 
 
 def _check_record(
-    store: ObjectStore, manifest: DatasetManifest, commit: Commit, sizes: Mapping[str, int], is_quick: bool
+    store: ObjectStore, manifest: _Manifest, commit: Commit, sizes: Mapping[str, int], is_quick: bool
 ) -> _Checked:
     checked = _Checked()
     name = name_of(commit)
@@ -337,7 +369,9 @@ def _check_record(
             continue
         checked.num_bytes_read += len(data)
         try:
-            if file.content == "rejected":
+            if isinstance(manifest, ColumnsManifest):
+                problems = _check_embeddings(store, data, file, commit, manifest, account)
+            elif file.content == "rejected":
                 problems = account.add_rejections(data, file, manifest)
             else:
                 samples[file.content], problems = _check_rows(data, file, manifest, account, is_first=not samples)
@@ -407,6 +441,69 @@ def _check_rows(
             )
         )
     return samples, problems
+
+
+def _check_embeddings(
+    store: ObjectStore, data: bytes, file: FileStat, commit: Commit, manifest: ColumnsManifest, account: _Account
+) -> list[_Problem]:
+    """What is wrong with the rows of a set, by themselves and beside the base file that they are about."""
+    parquet = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
+    if not parquet.schema_arrow.equals(columns_schema(manifest), check_metadata=True):
+        return [("unreadable", "its columns or its schema metadata are not those of the set")]
+    problems: list[_Problem] = []
+    found: dict[Any, Any] = {}
+    num_rows = 0
+    for group in range(parquet.num_row_groups):
+        for row in parquet.read_row_group(group).to_pylist():
+            num_rows += 1
+            name = row["caption"] if manifest.name == "text" else (row["key"], row["clip_index"])
+            what = f"the row of {name!r:.100}"
+            if name in found:
+                problems.append(("duplicate", f"{what} is there twice"))
+            found[name] = row.get("keys")
+            account.add(f"{name}", 0)
+            shape, dtype = row["embedding_shape"], row["embedding_dtype"]
+            is_text = manifest.name == "text" and len(shape) == 2 and 1 <= shape[0] <= manifest.max_length
+            is_frame = manifest.name == "image" and len(shape) == 1
+            if not (is_text or is_frame) or (shape[-1], dtype) != (manifest.embedding_dim, manifest.embedding_dtype):
+                problems.append(("shape", f"{what} is {dtype} {tuple(shape)}, which the set does not say"))
+                continue
+            values = np.frombuffer(row["embedding"], np.dtype(dtype).newbyteorder("<"))
+            if values.size != math.prod(shape):
+                problems.append(("shape", f"{what} has {values.size} values, and its shape is {tuple(shape)}"))
+            elif not np.isfinite(values).all():
+                problems.append(("values", f"{what} has values that are not finite"))
+    if num_rows != file.num_rows:
+        problems.append(("counts", f"it has {num_rows} rows, and its record states {file.num_rows}"))
+    return problems + _base_problems(store, commit, manifest, found)
+
+
+def _base_problems(
+    store: ObjectStore, commit: Commit, manifest: ColumnsManifest, found: Mapping[Any, Any]
+) -> list[_Problem]:
+    output = base_of(store)
+    assert output is not None, f"{store.root_uri} is no column set"
+    shard = read_shard(output, commit.shard_id)
+    bases = [base_file(other.files) for other in (shard.commits if shard is not None else ())]
+    base = next((base for base in bases if base is not None and base.sha256 == commit.source_etag), None)
+    if base is None:
+        return []  # of an attempt that came to nothing, or of a record that was replaced: nobody reads it
+    try:
+        if manifest.name == "text":
+            columns = manifest.fingerprint_fields["columns"]
+            assert isinstance(columns, list), f"the set states the columns {columns!r}"
+            wanted: Mapping[Any, Any] = stored_captions_of(output, base, columns)
+        else:
+            rows = open_records(read_data_file(output, base), base.content).read_columns(("key", "clip_index"))
+            wanted = dict.fromkeys(rows)
+    except (DamagedObjectError, StorageNotFoundError):
+        return []  # the audit of the output says so
+    differing = [name for name in wanted.keys() | found.keys() if wanted.get(name, "") != found.get(name, "")]
+    if differing:
+        return [
+            ("counts", f"{len(differing)} rows are not those of {base.key}, such as {min(differing, key=str)!r:.100}")
+        ]
+    return []
 
 
 def _facts_problems(data: bytes, records: RecordFile, file: FileStat, manifest: DatasetManifest) -> list[_Problem]:

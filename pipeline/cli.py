@@ -31,6 +31,7 @@ from pipeline.storage import ObjectStore, open_store
 
 if TYPE_CHECKING:
     from pipeline.audit import Audit
+    from pipeline.columns import ColumnsManifest
 
 
 EXIT_OK, EXIT_DAMAGED, EXIT_USAGE, EXIT_UNDONE = 0, 1, 2, 4
@@ -128,8 +129,13 @@ def _open(uri: str) -> tuple[ObjectStore, DatasetManifest]:
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
-    store, manifest = _open(arguments.uri)
-    found = _description(store, manifest)
+    from pipeline.columns import base_of, columns_manifest_of, sets_of
+
+    store = open_store(arguments.uri)
+    if base_of(store) is None:
+        found = _description(store, manifest_of_output(store)) | {"column_sets": list(sets_of(store))}
+    else:
+        found = _description(store, columns_manifest_of(store))
     if arguments.json:
         print(json.dumps(found, indent=1))
         return
@@ -148,7 +154,7 @@ def _text(value: object) -> str:
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
-def _description(store: ObjectStore, manifest: DatasetManifest) -> dict[str, object]:
+def _description(store: ObjectStore, manifest: DatasetManifest | ColumnsManifest) -> dict[str, object]:
     # Of now, whether or not a snapshot names them yet.
     shards = decided_shards(load_commits(store))
     counts = sum_counts(shard.counts for shard in shards)
@@ -158,40 +164,60 @@ def _description(store: ObjectStore, manifest: DatasetManifest) -> dict[str, obj
             files[f"{file.content} files"] += 1
             files[f"{file.content} bytes"] += file.num_bytes
     snapshot = latest_snapshot(store)
-    return {
+    found: dict[str, object] = {
         "output": store.root_uri,
         "snapshot": None if snapshot is None else snapshot.number,
         "shards": len(shards),
-        "kind": manifest.kind,
-        "latent_dtype": manifest.latent_dtype,
         "fingerprint": manifest.fingerprint,
         "counts": {name: getattr(counts, name) for name in COUNTED},
         "rejections": dict(Counter(counts.reasons).most_common()),
         "files": dict(sorted(files.items())),
-        "model": asdict(manifest.model),
         "configuration": dict(manifest.fingerprint_fields),
-        "passed_through": dict(manifest.passthrough),
+    }
+    if isinstance(manifest, DatasetManifest):
+        return found | {
+            "kind": manifest.kind,
+            "latent_dtype": manifest.latent_dtype,
+            "model": asdict(manifest.model),
+            "passed_through": dict(manifest.passthrough),
+        }
+    return found | {
+        "set": manifest.name,
+        "encoder": manifest.encoder,
+        "revision": manifest.revision,
+        "embedding_dtype": manifest.embedding_dtype,
+        "embedding_dim": manifest.embedding_dim,
+        "max_length": manifest.max_length,
     }
 
 
 def _verify(arguments: argparse.Namespace) -> int:
     from pipeline.audit import audit
+    from pipeline.columns import sets_of
     from pipeline.redo import order_repair
 
-    store = open_store(arguments.uri)
-    found = audit(store, is_quick=arguments.quick, with_inputs=arguments.inputs)
-    ordered = []
-    if arguments.requeue:
-        ordered = [record for record, why in sorted(found.repairable.items()) if order_repair(store, record, why)]
-    exit_code = EXIT_DAMAGED if found.damage else EXIT_UNDONE if found.is_unfinished or ordered else EXIT_OK
+    output = open_store(arguments.uri)
+    documents: dict[str, dict[str, object]] = {}
+    exit_codes = []
+    for name, store in {"": output, **sets_of(output)}.items():
+        found = audit(store, is_quick=arguments.quick, with_inputs=arguments.inputs)
+        ordered = []
+        if arguments.requeue:
+            ordered = [record for record, why in sorted(found.repairable.items()) if order_repair(store, record, why)]
+        exit_codes.append(
+            EXIT_DAMAGED if found.damage else EXIT_UNDONE if found.is_unfinished or ordered else EXIT_OK
+        )
+        documents[name] = asdict(found) | {"ordered_repairs": ordered}
+        if arguments.json:
+            continue
+        _print_audit(found)
+        if arguments.requeue:
+            _say(f"ordered   {len(ordered)} repairs; run the job on the same input again to carry them out")
+        elif found.repairable:
+            _say(f"repair    {len(found.repairable)} records by encoding again: latentmill verify --requeue")
+    exit_code = next((code for code in (EXIT_DAMAGED, EXIT_UNDONE) if code in exit_codes), EXIT_OK)
     if arguments.json:
-        print(json.dumps(asdict(found) | {"ordered_repairs": ordered, "exit_code": exit_code}, indent=1))
-        return exit_code
-    _print_audit(found)
-    if arguments.requeue:
-        _say(f"ordered   {len(ordered)} repairs; run the job on the same input again to carry them out")
-    elif found.repairable:
-        _say(f"repair    {len(found.repairable)} records by encoding their shards again: latentmill verify --requeue")
+        print(json.dumps(documents.pop("") | {"column_sets": documents, "exit_code": exit_code}, indent=1))
     return exit_code
 
 
@@ -223,8 +249,13 @@ def _print_audit(found: Audit) -> None:
 
 def _gc(arguments: argparse.Namespace) -> None:
     from pipeline.collect import collect_garbage
+    from pipeline.columns import base_of, columns_manifest_of
 
-    store, _manifest = _open(arguments.uri)
+    store = open_store(arguments.uri)
+    if base_of(store) is None:
+        manifest_of_output(store)
+    else:
+        columns_manifest_of(store)
     garbage = collect_garbage(store, delete=arguments.delete)
     shown = garbage.files if arguments.all else garbage.may_go
     num_bytes = sum(file.num_bytes for file in garbage.files)

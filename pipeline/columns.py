@@ -168,6 +168,12 @@ def base_of(store: ObjectStore) -> ObjectStore | None:
     return open_store(root) if root and name in SET_NAMES else None
 
 
+def sets_of(output: ObjectStore) -> dict[str, ObjectStore]:
+    """The sets that an output has, by name: their stores."""
+    stores = {name: columns_store(output, name) for name in SET_NAMES} if base_of(output) is None else {}
+    return {name: store for name, store in stores.items() if store.head(MANIFEST_KEY) is not None}
+
+
 def open_columns(store: ObjectStore, manifest: ColumnsManifest) -> ColumnsManifest:
     """The description of the set, created from `manifest` if there is none yet.
 
@@ -180,6 +186,19 @@ def open_columns(store: ObjectStore, manifest: ColumnsManifest) -> ColumnsManife
         refuse_differences(store, standing.fingerprint_fields, manifest.fingerprint_fields)
         raise ConfigMismatchError(f"{store.root_uri} states a fingerprint that is not that of its configuration", {})
     return standing
+
+
+def columns_manifest_of(store: ObjectStore) -> ColumnsManifest:
+    """The description of the set that lies here and must be there.
+
+    Raises:
+        UsageError: there is none.
+        DamagedObjectError: it cannot be read.
+    """
+    manifest = read_columns_manifest(store)
+    if manifest is None:
+        raise UsageError(f"{store.root_uri} holds no column set: there is no {MANIFEST_KEY} in it")
+    return manifest
 
 
 def read_columns_manifest(store: ObjectStore) -> ColumnsManifest | None:

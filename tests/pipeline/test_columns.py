@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import multiprocessing
 import pickle
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from embeddings import (
@@ -21,6 +26,8 @@ from embeddings import (
 )
 from latents import commit_records, manifest, output, record
 
+from pipeline.audit import audit
+from pipeline.cli import main
 from pipeline.collect import collect_garbage
 from pipeline.columns import (
     ColumnSet,
@@ -38,16 +45,19 @@ from pipeline.columns import (
     write_text_file,
 )
 from pipeline.commit import (
+    decided_shards,
     latest_snapshot,
     load_commits,
     name_of,
     publish_snapshot,
+    put_data_file,
     read_commit,
     read_data_file,
 )
 from pipeline.committed import FileCache
 from pipeline.errors import ConfigMismatchError, DamagedObjectError, UsageError
 from pipeline.records import Commit
+from pipeline.redo import ordered_repairs
 from pipeline.storage import ObjectStore, open_store
 
 
@@ -277,3 +287,92 @@ def test_a_row_that_is_not_as_the_set_says_is_never_written(tmp_path: Path) -> N
         row = TextEmbedding(embedding=wrong, is_truncated=False)
         with pytest.raises(AssertionError):
             write_text_file(tmp_path / "wrong.parquet", about, {"": []}, [row])
+
+
+def _rewritten(store: ObjectStore, record_name: str, change: Callable[[list[dict[str, Any]]], object]) -> None:
+    """Puts other rows under a record of a set that states them truly: damage that no digest shows."""
+    commit = next(iter(load_commits(store, [record_name])))
+    table = pq.read_table(store.url(commit.files[0].key))
+    rows = table.to_pylist()
+    change(rows)
+    path = Path(store.root_uri) / "changed.parquet"
+    pq.write_table(pa.Table.from_pylist(rows, schema=table.schema), path)
+    stat = put_data_file(store, path, shard_id=commit.shard_id, content="parquet", num_rows=commit.files[0].num_rows)
+    key = next(info.key for info in store.list("commits/") if info.key.endswith(f"/{record_name}.json"))
+    record_path = Path(store.url(key))
+    document = json.loads(record_path.read_bytes())
+    document["files"] = [asdict(stat)]
+    record_path.write_text(json.dumps(document))
+    path.unlink()
+
+
+def _doubled(rows: list[dict[str, Any]]) -> None:
+    rows[1] = rows[0]
+
+
+def _not_a_number(rows: list[dict[str, Any]]) -> None:
+    rows[0]["embedding"] = np.full((2, DIM), np.nan, np.float16).tobytes()
+
+
+def _longer(rows: list[dict[str, Any]]) -> None:
+    rows[0]["embedding_shape"] = [3, DIM]
+
+
+def _another_text(rows: list[dict[str, Any]]) -> None:
+    rows[1]["caption"] = "a blue ball"
+
+
+def _another_key(rows: list[dict[str, Any]]) -> None:
+    rows[1]["keys"] = ["a"]
+
+
+def _one_less(rows: list[dict[str, Any]]) -> None:
+    rows.pop()
+
+
+@pytest.mark.parametrize(
+    ("change", "kinds"),
+    [
+        (_doubled, {"duplicate", "counts"}),
+        (_not_a_number, {"values"}),
+        (_longer, {"shape"}),
+        (_another_text, {"counts"}),
+        (_another_key, {"counts"}),
+        (_one_less, {"counts"}),
+    ],
+)
+def test_an_audit_finds_rows_that_are_not_true(
+    change: Callable[[list[dict[str, Any]]], None], kinds: set[str], tmp_path: Path
+) -> None:
+    base = _two_shards(open_store(str(tmp_path / "out")))
+    store = add_text_set(base)
+    assert not audit(store).findings
+    _rewritten(store, "s000", change)
+    found = audit(store).findings
+    assert {finding.kind for finding in found} == kinds
+    assert {finding.record for finding in found} == {"s000"}
+
+
+def test_verify_inspect_and_gc_know_column_sets(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = _two_shards(open_store(str(tmp_path / "out")))
+    store = add_text_set(base)
+    add_image_set(base)
+    assert main(["verify", base.root_uri]) == 0
+    assert capsys.readouterr().out.count("all is well") == 3
+    assert main(["verify", store.root_uri, "--quick"]) == 0
+    assert main(["gc", store.root_uri]) == 0
+    assert main(["inspect", base.root_uri, "--json"]) == 0
+    assert main(["inspect", store.root_uri]) == 0
+    said = capsys.readouterr().out
+    assert '"column_sets": [\n  "text",\n  "image"\n ]' in said
+    assert "made-up-text-encoder" in said
+    commit_records(base, manifest(), "s002", [record("z")])
+    assert main(["verify", base.root_uri, "--json"]) == 4
+    document = json.loads(capsys.readouterr().out)
+    for name in ("text", "image"):
+        assert [(f["kind"], f["where"]) for f in document["column_sets"][name]["findings"]] == [("undecided", "s002")]
+    (file,) = next(iter(load_commits(store, ["s001"]))).files
+    Path(store.url(file.key)).unlink()
+    assert main(["verify", base.root_uri, "--requeue"]) == 1
+    assert list(ordered_repairs(store, {s.shard_id: s for s in decided_shards(load_commits(store))})) == ["s001"]
+    assert main(["verify", str(tmp_path / "nowhere" / "columns" / "text")]) == 2
