@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.commit import decided_shards, latest_snapshot, load_commits, manifest_of_output
-from pipeline.errors import LatentmillError, UsageError, printable
+from pipeline.errors import DamagedObjectError, LatentmillError, StorageError, UsageError, printable
 from pipeline.records import COUNTED, DatasetManifest, sum_counts
 from pipeline.storage import ObjectStore, open_store
 
@@ -82,7 +82,8 @@ def _parser() -> argparse.ArgumentParser:
         "export",
         help="the samples in the form of another project",
         description="Writes the samples of a snapshot in the form of another project, without encoding again. The same "
-        "command goes on with an export that was interrupted. TARGET must be new, empty or a begun export.",
+        "command goes on with an export that was interrupted. TARGET must be new, empty or a begun export. Exit codes: "
+        "0 the export is whole; 1 a file of the output is damaged; 4 the storage failed: run it again.",
     )
     export.add_argument("uri", help="local folder or s3://bucket/prefix")
     export.add_argument("--to", choices=("fastvideo", "webdataset-dfm", "hf"), required=True, help="the form")
@@ -287,7 +288,7 @@ def _urls(arguments: argparse.Namespace) -> None:
         _say(url)
 
 
-def _export(arguments: argparse.Namespace) -> None:
+def _export(arguments: argparse.Namespace) -> int:
     from pipeline.export import export
 
     def show(num_done: int, num_files: int) -> None:
@@ -296,23 +297,22 @@ def _export(arguments: argparse.Namespace) -> None:
             print(f"{num_done:,} of {num_files:,} files of the source", file=sys.stderr)
 
     shown_at = [time.monotonic()]
-    done = export(
-        arguments.uri,
-        arguments.to,
-        arguments.output,
-        snapshot=arguments.snapshot,
-        text=arguments.text,
-        on_file=show,
-    )
+    flags = {"snapshot": arguments.snapshot, "text": arguments.text}
+    try:
+        done = export(arguments.uri, arguments.to, arguments.output, **flags, on_file=show)
+    except StorageError as error:
+        print(f"error: {printable(str(error))}", file=sys.stderr)
+        return EXIT_DAMAGED if isinstance(error, DamagedObjectError) else EXIT_UNDONE
     if arguments.to == "webdataset-dfm" and arguments.text is None:
         print("note: without --text there is no .pickle, which DFM's Wan recipe asks for", file=sys.stderr)
     if arguments.json:
         print(json.dumps(asdict(done), indent=1))
-        return
+        return EXIT_OK
     print(done.target)
     print(f"samples   {done.num_records:,} in {done.num_files:,} files, {done.num_files_kept:,} of them from earlier")
     newer = f"; the latest is {done.latest_snapshot}" if done.latest_snapshot != done.snapshot else ""
     print(f"snapshot  {done.snapshot}{newer}")
+    return EXIT_OK
 
 
 def _preview(arguments: argparse.Namespace) -> None:

@@ -1,9 +1,9 @@
 """Latents in the form of another project, made from an output without encoding again.
 
-Not what that form is (`peers`, `energon`), nor which rows count (`commit`, `committed`). Called by `cli`. Files are
-made one by one from the files of a pinned snapshot, whose SHA-256 is checked when they are opened. Memory stays near
-one row group of the source and one of each file in the making, temporary space near one file of the source and what
-becomes of it.
+Not what that form is (`peers`, `energon`), nor which rows count (`commit`, `committed`). Called by `cli`. Each file
+of a pinned snapshot becomes a file, or one for each shape; its SHA-256 is checked when it is opened. For each file that
+is worked on memory stays near one row group of it and one of each file in the making, temporary space near its size and
+that of what it becomes.
 
     _export.json              create-once, first of all: what is exported, from where, of which snapshot
     .../UNFINISHED.<ext>      while the export runs: a text that stops whoever reads the files beside it
@@ -17,10 +17,13 @@ that holds anything else, another export included, is left as it is.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
 import tempfile
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,6 +80,7 @@ def export(
     *,
     snapshot: int | None = None,
     text: str | None = None,
+    num_at_once: int = 4,
     on_file: Callable[[int, int], None] = lambda done, files: None,
 ) -> Export:
     """Writes the samples of a snapshot to `target` in the form `to`, goes on with that, or finds it done.
@@ -87,6 +91,7 @@ def export(
         target: a new or empty local folder or s3://bucket/prefix, or one where this export was begun.
         snapshot: its number; None: the one that was begun with, else the latest.
         text: name of the column set whose caption embeddings go along.
+        num_at_once: files of the source that are worked on at the same time.
         on_file: called after each file of the source with how many are done, and of how many.
 
     Raises:
@@ -126,10 +131,14 @@ def export(
         (folder / "description").mkdir()
         with closing(PEERS[to](about, folder / "description")) as peer:
             _claim(goal, identity, is_begun=bool(held), source_uri=source.root_uri)
-            counts = goal.find(COMPLETE_KEY)
-            num_kept = _Job(source, goal, peer, files, text, folder).run(on_file) if counts is None else None
+            num_kept = None
+            if goal.find(COMPLETE_KEY) is None:
+                num_kept = _Job(source, goal, peer, files, text, folder, num_at_once).run(on_file)
             for key in peer.unfinished_keys():
                 goal.delete(key)
+        if "://" not in goal.root_uri:
+            # Where a local store writes before it links; a killed run leaves files there, which nobody should publish.
+            shutil.rmtree(Path(goal.root_uri) / ".tmp", ignore_errors=True)
         num_files: int = json.loads(goal.get(COMPLETE_KEY))["num_files"]
     return Export(
         target=goal.root_uri,
@@ -201,7 +210,7 @@ def _claim(goal: ObjectStore, identity: Mapping[str, object], *, is_begun: bool,
 
 
 class _Job:
-    """The files of one export, one after the other."""
+    """The files of one export."""
 
     def __init__(
         self,
@@ -211,6 +220,7 @@ class _Job:
         files: Sequence[DataFile],
         text: str | None,
         folder: Path,
+        num_at_once: int,
     ) -> None:
         self._source = source
         self._goal = goal
@@ -218,6 +228,7 @@ class _Job:
         self._files = files
         self._text = text
         self._folder = folder
+        self._num_at_once = num_at_once
 
     def run(self, on_file: Callable[[int, int], None]) -> int:
         """Makes what is missing; returns how many files were there already."""
@@ -226,22 +237,41 @@ class _Job:
         for key in self._peer.unfinished_keys():
             create_once(self._goal, key, notice.encode())
         num_files = num_kept = num_rows = 0
-        for number, file in enumerate(self._files):
-            rows: Counter[str] = Counter()
-            for bucket, num_of_bucket in file.bucket_rows.items():
-                rows[self._peer.key(number, bucket)] += num_of_bucket
-            kept = self._kept(+rows, there)
-            for facts in self._made(number, file, +rows) if kept is None else kept:
+        for number, (files, is_kept) in enumerate(self._in_order(there), start=1):
+            for facts in files:
                 self._peer.take(facts)
                 num_rows += facts.num_rows
-            num_files += len(+rows)
-            num_kept += 0 if kept is None else len(kept)
-            on_file(number + 1, len(self._files))
+            num_files += len(files)
+            num_kept += len(files) if is_kept else 0
+            on_file(number, len(self._files))
         for key, path in self._peer.description():
             self._goal.put_file(key, path, sha256_of_file(path))
         counts = {"num_files": num_files, "num_records": num_rows}
         create_once(self._goal, COMPLETE_KEY, (json.dumps(counts) + "\n").encode())
         return num_kept
+
+    def _in_order(self, there: frozenset[str]) -> Iterator[tuple[list[FileFacts], bool]]:
+        """What each file of the source became, and whether an earlier run made it; the next ones are being made."""
+        waiting: deque[Future[tuple[list[FileFacts], bool]]] = deque()
+        with ThreadPoolExecutor(self._num_at_once) as pool:
+            try:
+                for number in range(len(self._files)):
+                    waiting.append(pool.submit(self._kept_or_made, number, there))
+                    if len(waiting) == self._num_at_once:
+                        yield waiting.popleft().result()
+                while waiting:
+                    yield waiting.popleft().result()
+            finally:
+                for future in waiting:
+                    future.cancel()
+
+    def _kept_or_made(self, number: int, there: frozenset[str]) -> tuple[list[FileFacts], bool]:
+        file = self._files[number]
+        rows: Counter[str] = Counter()
+        for bucket, num_rows in file.bucket_rows.items():
+            rows[self._peer.key(number, bucket)] += num_rows
+        kept = self._kept(+rows, there)
+        return (self._made(number, file, +rows), False) if kept is None else (kept, True)
 
     def _kept(self, rows: Mapping[str, int], there: frozenset[str]) -> list[FileFacts] | None:
         """The files that a file of the source became in an earlier run, or None where one is missing or not whole."""
@@ -293,9 +323,10 @@ class _Job:
     def _put_beside(self, facts: FileFacts, there: frozenset[str]) -> None:
         for key, data in self._peer.beside(facts):
             if key not in there:
-                path = self._folder / "beside"
-                path.write_bytes(data)
-                self._goal.put_file(key, path, sha256_of_file(path))
+                with tempfile.NamedTemporaryFile(dir=self._folder) as file:
+                    file.write(data)
+                    file.flush()
+                    self._goal.put_file(key, Path(file.name), hashlib.sha256(data).hexdigest())
 
     def _samples(self, file: DataFile, folder: Path) -> Iterator[Sample]:
         """The rows of a file of the source that count, in their order."""

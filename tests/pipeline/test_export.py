@@ -9,10 +9,14 @@ for the hub is read by datasets.
 from __future__ import annotations
 
 import json
+import random
 import shutil
 import sqlite3
 import struct
+import subprocess
+import sys
 import tarfile
+import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -167,7 +171,7 @@ def test_fastvideo_gets_float32_means_unscaled_with_text_and_columns_that_mean_w
 
 def test_a_folder_for_fastvideo_stacks_because_it_holds_one_shape(source: str, tmp_path: Path) -> None:
     export(source, "fastvideo", str(tmp_path / "fv"), text="text")
-    folders = {path.name for path in (tmp_path / "fv").iterdir() if path.is_dir() and path.name != ".tmp"}
+    folders = {path.name for path in (tmp_path / "fv").iterdir() if path.is_dir()}
     assert folders == {str(bucket) for bucket in (SMALL, WIDE, IMAGE)}
     for folder in folders:
         rows = _fastvideo_rows(tmp_path / "fv" / folder)
@@ -363,7 +367,7 @@ def test_an_export_that_stopped_is_read_by_nobody_and_the_same_command_finishes_
     export(source, to, str(tmp_path / "whole"), text="text")
     part = tmp_path / "part"
     with pytest.raises(_StoppedError):
-        export(source, to, str(part), text="text", on_file=_stop_after(1))
+        export(source, to, str(part), text="text", on_file=_stop_after(1), num_at_once=1)
     made = {path: content for path, content in _files(part).items() if "UNFINISHED" not in path}
     assert made
     with pytest.raises(Exception, match=r"UNFINISHED|Parquet magic bytes|truncated|invalid header"):
@@ -372,6 +376,14 @@ def test_an_export_that_stopped_is_read_by_nobody_and_the_same_command_finishes_
     assert done.num_files_kept == {"fastvideo": 2}.get(to, 1)
     assert _files(part) == _files(tmp_path / "whole")
     assert not list(part.rglob("*UNFINISHED*"))
+    assert not (part / ".tmp").exists()
+    # One that was killed just before its last step is whole already.
+    marker = next(path for path in part.rglob("*") if path.suffix in (".parquet", ".tar")).parent / (
+        {"hf": "train-00000-of-00002-"}.get(to, "") + "UNFINISHED" + (".tar" if to == "webdataset-dfm" else ".parquet")
+    )
+    marker.write_text("left behind")
+    export(source, to, str(part), text="text")
+    assert _files(part) == _files(tmp_path / "whole")
     _read_all(to, part, tmp_path)
 
 
@@ -390,7 +402,7 @@ def test_every_folder_that_a_reader_is_given_is_marked_while_it_is_unfinished(
     to: str, source: str, tmp_path: Path
 ) -> None:
     with pytest.raises(_StoppedError):
-        export(source, to, str(tmp_path / "part"), text="text", on_file=_stop_after(2))
+        export(source, to, str(tmp_path / "part"), text="text", on_file=_stop_after(2), num_at_once=1)
     folders = {path.parent for path in (tmp_path / "part").rglob("*") if path.suffix in (".parquet", ".tar")}
     for folder in folders:
         (marker,) = [path for path in folder.iterdir() if "UNFINISHED" in path.name]
@@ -401,7 +413,7 @@ def test_every_folder_that_a_reader_is_given_is_marked_while_it_is_unfinished(
 
 def test_streaming_an_unfinished_export_for_the_hub_fails_at_its_first_row(source: str, tmp_path: Path) -> None:
     with pytest.raises(_StoppedError):
-        export(source, "hf", str(tmp_path / "hf"), on_file=_stop_after(2))
+        export(source, "hf", str(tmp_path / "hf"), on_file=_stop_after(2), num_at_once=1)
     with pytest.raises(Exception, match=r"UNFINISHED|Parquet magic bytes"):
         next(iter(datasets.load_dataset(str(tmp_path / "hf"), split="train", streaming=True)))
 
@@ -411,7 +423,7 @@ def test_a_file_of_the_target_that_lost_its_end_is_made_again(source: str, tmp_p
     for to, name in (("webdataset-dfm", "shard-000000.tar"), ("hf", "data/train-00000-of-00002.parquet")):
         part = tmp_path / to
         with pytest.raises(_StoppedError):
-            export(source, to, str(part), on_file=_stop_after(2))
+            export(source, to, str(part), on_file=_stop_after(2), num_at_once=1)
         content = (part / name).read_bytes()
         (part / name).write_bytes(content[: len(content) // 2])
         assert export(source, to, str(part)).num_files_kept == 1
@@ -464,9 +476,61 @@ def test_another_export_is_left_as_it_is(source: str, tmp_path: Path) -> None:
 
 def test_an_export_of_a_source_that_was_moved_goes_on(source: str, tmp_path: Path) -> None:
     with pytest.raises(_StoppedError):
-        export(source, "hf", str(tmp_path / "hf"), on_file=_stop_after(1))
+        export(source, "hf", str(tmp_path / "hf"), on_file=_stop_after(1), num_at_once=1)
     shutil.move(source, tmp_path / "moved")
     assert export(str(tmp_path / "moved"), "hf", str(tmp_path / "hf")).num_files_kept == 1
+
+
+def test_the_command_says_by_its_exit_code_what_to_do(
+    source: str, s3_env: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ["export", source, "--to", "hf", "--json", "-o"]
+    assert main([*command, str(tmp_path / "hf")]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["num_records"], told["num_files"], told["num_files_kept"], told["snapshot"]) == (5, 2, 0, 1)
+    assert main([*command, str(tmp_path / "hf"), "--snapshot", "9"]) == 2
+    assert main([*command, "s3://no-such-bucket-here/hf"]) == 4
+    path = next((Path(source) / "data").rglob("s000*.parquet"))
+    path.write_bytes(path.read_bytes()[:-1])
+    assert main([*command, str(tmp_path / "again")]) == 1
+    assert "s000" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_an_export_that_is_killed_again_and_again_ends_in_the_same_bytes(tmp_path: Path) -> None:
+    shards = [[record(f"k{n}", bucket=Bucket(width_px=512, height_px=512, num_frames=17)) for n in range(8)]] * 12
+    store = latents.output(tmp_path / "source", shards)
+    publish_snapshot(store)
+    export(store.root_uri, "webdataset-dfm", str(tmp_path / "whole"))
+    part = tmp_path / "part"
+    command = [
+        sys.executable,
+        "-m",
+        "pipeline.cli",
+        "export",
+        store.root_uri,
+        "--to",
+        "webdataset-dfm",
+        "-o",
+        str(part),
+    ]
+    chance = random.Random(0)
+    num_killed = 0
+    for _ in range(30):
+        num_made = len(list(part.glob("shard-*.tar")))
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+            wanted = num_made + chance.randrange(3)
+            while process.poll() is None and len(list(part.glob("shard-*.tar"))) <= wanted:
+                time.sleep(0.001)
+            if process.poll() is None:
+                process.kill()
+                num_killed += 1
+                assert (part / "UNFINISHED.tar").exists() or (part / "_complete.json").exists()
+        if process.returncode == 0:
+            break
+    assert num_killed >= 3
+    assert process.returncode == 0
+    assert _files(part) == _files(tmp_path / "whole")
 
 
 def test_what_cannot_be_exported_is_said(tmp_path: Path, source: str) -> None:
@@ -490,7 +554,7 @@ def test_on_s3_the_same_bytes_come_to_stand_and_are_gone_on_with(
     export(source, to, str(tmp_path / "local"), text="text")
     target = s3_env.root()
     with pytest.raises(_StoppedError):
-        export(source, to, target, text="text", on_file=_stop_after(1))
+        export(source, to, target, text="text", on_file=_stop_after(1), num_at_once=1)
     assert export(source, to, target, text="text").num_files_kept >= 1
     store = open_store(target)
     found = {info.key: store.get(info.key) for info in store.list("") if info.key != "_export.json"}
