@@ -7,6 +7,7 @@ Tensor letters: B batch, C channels, t h w latents, L tokens, D their width.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +23,11 @@ from pipeline.columns import ColumnSet
 from pipeline.committed import FileCache
 from pipeline.config import auto_or, number, option, whole
 from pipeline.errors import UsageError
+from pipeline.records import Bucket
 from pipeline.storage import open_store
 
 _DEVIATIONS = (0.2, 5.0)
+_LOOKED_AT = 64
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -196,17 +199,21 @@ def first_batches(uri: str, config: DataConfig, adapter: Adapter, num_clips: int
     return batches
 
 
-def check_deviation(latents: Tensor, uri: str) -> None:
-    """Whether latents have the scale that diffusion models take: a deviation near 1.
+def checked_buckets(dataset: LatentDataset) -> list[Bucket]:
+    """The shapes of the clips, of latents that have the scale which diffusion models take: a deviation near 1.
 
     Raises:
-        UsageError: they are far from it, as when they were scaled twice or not at all.
+        UsageError: the deviation is far from it, as when latents were scaled twice or not at all.
     """
-    deviation = float(latents.std())
+    stats = dataset.stats(num_samples=_LOOKED_AT)
+    deviation = math.sqrt(sum(value**2 for value in stats.deviation) / len(stats.deviation))
     low, high = _DEVIATIONS
     if not low <= deviation <= high:
+        model = dataset.manifest.model
         raise UsageError(
-            f"--latents: the first batch of {uri} has a deviation of {deviation:.3g} after scaling, and a diffusion "
-            f"model takes about 1 ({low} to {high}): the scaling factor of the VAE that made them is wrong, or they "
-            "show nothing"
+            f"--latents: {stats.num_samples} of them have a deviation of {deviation:.3g} after scaling by "
+            f"{model.scaling_factor:g}, and a diffusion model takes about 1 ({low} to {high}): the scaling factor of "
+            f"the VAE that made them ({model.model}) is wrong, or they show nothing"
         )
+    sides = [tuple(int(part) for part in bucket.split("x")) for bucket in stats.bucket_rows]
+    return [Bucket(width_px=width, height_px=height, num_frames=frames) for width, height, frames in sides]

@@ -384,10 +384,11 @@ def _masked_processor(mask: _TextMask) -> Any:
 
     class MaskedText(AttnProcessor2_0):
         def __call__(  # type: ignore[override]
-            self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, **more: Any
+            self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, **more: Any
         ) -> Tensor:
             of_batch = mask.of_batch
-            if of_batch is not None:
+            # Layers over time look at the frames once more, and at no text.
+            if of_batch is not None and encoder_hidden_states is not None:
                 bias = torch.zeros(of_batch.shape, dtype=hidden_states.dtype, device=hidden_states.device)
                 bias = bias.masked_fill_(~of_batch, torch.finfo(hidden_states.dtype).min).unsqueeze(1)
                 # The model repeats the text for every frame.

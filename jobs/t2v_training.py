@@ -31,7 +31,7 @@ from jobs.t2v_data import (
     DataConfig,
     TuningBatch,
     TuningBatches,
-    check_deviation,
+    checked_buckets,
     condition_set,
     first_batches,
 )
@@ -187,9 +187,9 @@ def tune(job: TuningJob, worker: Worker) -> TrainingSummary:
     )
     facts = batches.dataset.manifest.model
     conditions = condition_set(job.data.latents, job.data, adapter)
-    check_fit(loaded, facts, batches.dataset.buckets, conditions.embedding_dim)
+    buckets = checked_buckets(batches.dataset)
+    check_fit(loaded, facts, buckets, conditions.embedding_dim)
     looks = first_batches(job.data.validation or job.data.latents, job.data, adapter, job.data.validation_clips)
-    check_deviation(looks[0].latents, job.data.validation or job.data.latents)
     origin = {
         **{name: value for name, value in asdict(job.model).items() if name != "lora_layers"},
         "latents": job.data.latents,
@@ -204,7 +204,7 @@ def tune(job: TuningJob, worker: Worker) -> TrainingSummary:
             "weights_sha256": conditions.manifest.weights_sha256,
             "max_length": conditions.max_length,
         },
-        "buckets": [str(bucket) for bucket in batches.dataset.buckets],
+        "buckets": [str(bucket) for bucket in buckets],
         "tuning": origin,
     }
     tuner = Tuner(loaded, process, job, batches, worker)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from pipeline.commit import open_dataset
 from pipeline.records import Bucket, Commit
 from pipeline.storage import ObjectStore, open_store
 
+Embedding = np.ndarray[Any, np.dtype[np.float16]]
 CLIP = Bucket(width_px=64, height_px=64, num_frames=9)
 EMBEDDING_DIM = 12
 
@@ -84,13 +85,13 @@ MODELS: Mapping[str, Mapping[str, Any]] = {
 }
 
 
-def text_embedding(caption: str, dim: int = EMBEDDING_DIM) -> np.ndarray[Any, np.dtype[np.float16]]:
+def text_embedding(caption: str, dim: int = EMBEDDING_DIM) -> Embedding:
     """(words + 2, dim), the same for the same caption."""
     seed = sum(ord(letter) * (place + 1) for place, letter in enumerate(caption))
     return np.random.default_rng(seed).standard_normal((len(caption.split()) + 2, dim)).astype(np.float16)
 
 
-def image_embedding(key: str, clip_index: int, dim: int = EMBEDDING_DIM) -> np.ndarray[Any, np.dtype[np.float16]]:
+def image_embedding(key: str, clip_index: int, dim: int = EMBEDDING_DIM) -> Embedding:
     seed = sum(ord(letter) * (place + 1) for place, letter in enumerate(key)) + clip_index
     return np.random.default_rng(seed).standard_normal(dim).astype(np.float16)
 
@@ -108,22 +109,31 @@ def output_with_embeddings(
         for number in range(num_clips)
     ]
     commit = commit_records(store, about, "s000", records)
-    write_sets(store, commit, [(entry.key, entry.clip_index) for entry in records], dim)
+    write_texts(store, commit, dim, lambda caption: text_embedding(caption, dim))
+    write_images(store, commit, [(entry.key, entry.clip_index) for entry in records], dim)
     return store
 
 
-def write_sets(store: ObjectStore, commit: Commit, clips: Sequence[tuple[str, int]], dim: int) -> None:
-    """Both column sets of a committed shard."""
+def write_texts(store: ObjectStore, commit: Commit, dim: int, embed: Callable[[str], Embedding]) -> None:
+    """Caption embeddings of a committed shard."""
     base = base_file(commit)
     assert base is not None
+    texts = open_columns(columns_store(store, "text"), set_manifest("text", dim))
+    captions = captions_of(store, base, ("caption",))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "set.parquet"
-        captions = captions_of(store, base, ("caption",))
-        texts = open_columns(columns_store(store, "text"), set_manifest("text", dim))
-        embeddings = [TextEmbedding(embedding=text_embedding(text, dim), is_truncated=False) for text in captions]
+        embeddings = [TextEmbedding(embedding=embed(caption), is_truncated=False) for caption in captions]
         num_rows = write_text_file(path, texts, captions, embeddings)
         commit_columns(columns_store(store, "text"), texts, commit.shard_id, base, path, num_rows)
-        images = open_columns(columns_store(store, "image"), set_manifest("image", dim))
+
+
+def write_images(store: ObjectStore, commit: Commit, clips: Sequence[tuple[str, int]], dim: int) -> None:
+    """First-frame embeddings of a committed shard."""
+    base = base_file(commit)
+    assert base is not None
+    images = open_columns(columns_store(store, "image"), set_manifest("image", dim))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "set.parquet"
         num_rows = write_image_file(path, images, {name: image_embedding(*name, dim) for name in clips})
         commit_columns(columns_store(store, "image"), images, commit.shard_id, base, path, num_rows)
 
