@@ -308,7 +308,7 @@ def _export(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(asdict(done), indent=1))
         return EXIT_OK
-    print(done.target)
+    _say(done.target)
     print(f"samples   {done.num_records:,} in {done.num_files:,} files, {done.num_files_kept:,} of them from earlier")
     newer = f"; the latest is {done.latest_snapshot}" if done.latest_snapshot != done.snapshot else ""
     print(f"snapshot  {done.snapshot}{newer}")
