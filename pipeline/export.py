@@ -116,6 +116,8 @@ def export(
         folder = Path(name)
         cache = FileCache(folder / "cache", 0)
         texts = None if text is None else ColumnSet.open(source, text, cache)
+        if texts is not None and texts.manifest.name != "text":
+            raise UsageError(f"the column set {text!r} holds no embeddings of captions; give that of them: text")
         identity = {
             "version": EXPORT_VERSION,
             "to": to,

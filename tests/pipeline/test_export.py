@@ -32,7 +32,7 @@ import pytest
 import torch
 import webdataset
 import yaml
-from embeddings import add_text_set, caption_embedding
+from embeddings import add_image_set, add_text_set, caption_embedding
 from latents import IMAGE, SMALL, WIDE, commit_records, latent_of, record, rejection
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
@@ -540,6 +540,9 @@ def test_what_cannot_be_exported_is_said(tmp_path: Path, source: str) -> None:
     publish_snapshot(empty)
     with pytest.raises(UsageError, match="holds no latents"):
         export(empty.root_uri, "hf", str(tmp_path / "hf"))
+    add_image_set(open_store(source))
+    with pytest.raises(UsageError, match="no embeddings of captions"):
+        export(source, "hf", str(tmp_path / "hf"), text="image")
     with pytest.raises(UsageError, match="lies in the output"):
         export(source, "hf", f"{source}/exports/hf")
     with pytest.raises(UsageError, match="is no output of Latentmill"):
