@@ -3,7 +3,7 @@
 PYTHON ?= python3
 PIP = .venv/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test bench ablation chaos chaos-tests lint clean
+.PHONY: demo test bench ablation claim chaos chaos-tests lint clean
 
 demo: .venv/installed-run
 	.venv/bin/python jobs/demo.py --output demo-output
@@ -20,6 +20,11 @@ bench: .venv/installed-test
 ablation: .venv/installed-test
 	@test -n "$(TEACHER)" || { echo "make ablation needs TEACHER=FOLDER, a frozen image VAE such as TAEF2" >&2; exit 2; }
 	.venv/bin/python tests/benchmarks/ablation.py --teacher "$(TEACHER)" --output ablation-output $(FLAGS)
+
+# make claim TEACHER=FOLDER, the image VAE that `small` was made for (TAEF2). What is finished is kept.
+claim: .venv/installed-test
+	@test -n "$(TEACHER)" || { echo "make claim needs TEACHER=FOLDER, the image VAE TAEF2" >&2; exit 2; }
+	PYTHONPATH=.:tests .venv/bin/python tests/benchmarks/claim.py --teacher "$(TEACHER)" --output claim-output $(FLAGS)
 
 # Some hours; FLAGS="--part 30" does thirty minutes of the seeds, FLAGS="--part 30 --resume" the next thirty.
 chaos: .venv/installed-test

@@ -127,6 +127,7 @@ class TuningBatches(Iterator[TuningBatch]):
     """Batches without an end: one epoch after the other, from where a cursor says.
 
     Args:
+        snapshot: a tuning stays with the one that it began with, also when nights went by since.
         cursor: of the last batch before; None: the beginning.
 
     Raises:
@@ -139,13 +140,12 @@ class TuningBatches(Iterator[TuningBatch]):
         config: DataConfig,
         adapter: Adapter,
         *,
+        snapshot: int | None,
         seed: int,
         rank: int,
         world_size: int,
         cursor: Mapping[str, Any] | None,
     ) -> None:
-        # A training stays with the snapshot that it began with, also when nights went by since.
-        snapshot = config.snapshot if cursor is None else cursor["snapshot"]
         self.dataset = open_latents(
             config.latents,
             config,

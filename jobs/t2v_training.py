@@ -49,8 +49,10 @@ from jobs.t2v_noise import PREDICTIONS, Process, process_of, scheduler_of
 from jobs.t2v_sampling import decode, load_video_vae, sample_latents, write_videos
 from jobs.training_checkpoints import State, checkpoints_in
 from jobs.training_loop import Journal, Loop, Rows, TrainingSummary, WorkConfig, Worker, note_changes, own_part
+from pipeline.commit import latest_snapshot
 from pipeline.config import auto_or, choice, number, option, whole, yes_no
 from pipeline.errors import UsageError
+from pipeline.storage import open_store
 
 TUNE = ("output-layer", "first-last", "lora", "all")
 _MOST_SKIPPED_IN_A_ROW = 20
@@ -180,6 +182,7 @@ def tune(job: TuningJob, worker: Worker) -> TrainingSummary:
     batches = TuningBatches(
         job.data,
         adapter,
+        snapshot=_agreed_snapshot(job.data, worker) if own is None else own["cursor"]["snapshot"],
         seed=job.optimisation.seed,
         rank=worker.rank,
         world_size=worker.world_size,
@@ -623,6 +626,16 @@ def _load(job: TuningJob) -> Loaded:
         return load_model(config.model, config.model_subfolder, job.video)
     assert config.model_config is not None
     return new_model(config.model_config, job.optimisation.seed, job.video)
+
+
+def _agreed_snapshot(config: DataConfig, worker: Worker) -> int | None:
+    """The snapshot that all workers read, also while a job publishes a newer one."""
+    if config.snapshot is not None or worker.world_size == 1:
+        return config.snapshot
+    latest = latest_snapshot(open_store(config.latents)) if worker.rank == 0 else None
+    agreed: list[int | None] = [None if latest is None else latest.number]
+    dist.broadcast_object_list(agreed, 0)
+    return agreed[0]
 
 
 def _process(scheduler: Any, config: OptimisationConfig) -> Process:

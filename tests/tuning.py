@@ -6,33 +6,18 @@ Not fixtures (those are in conftest.py). The latents and embeddings are made up;
 from __future__ import annotations
 
 import json
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from latents import commit_records, manifest, record
+from embeddings import DIM, add_image_set, add_text_set
+from latents import output, record
 
-from pipeline.columns import (
-    ColumnsManifest,
-    TextEmbedding,
-    base_file,
-    captions_of,
-    columns_store,
-    commit_columns,
-    new_manifest,
-    open_columns,
-    write_image_file,
-    write_text_file,
-)
-from pipeline.commit import open_dataset
-from pipeline.records import Bucket, Commit
-from pipeline.storage import ObjectStore, open_store
+from pipeline.records import Bucket
+from pipeline.storage import ObjectStore
 
-Embedding = np.ndarray[Any, np.dtype[np.float16]]
 CLIP = Bucket(width_px=64, height_px=64, num_frames=9)
-EMBEDDING_DIM = 12
+EMBEDDING_DIM = DIM
 
 MODELS: Mapping[str, Mapping[str, Any]] = {
     "text": {
@@ -85,70 +70,13 @@ MODELS: Mapping[str, Mapping[str, Any]] = {
 }
 
 
-def text_embedding(caption: str, dim: int = EMBEDDING_DIM) -> Embedding:
-    """(words + 2, dim), the same for the same caption."""
-    seed = sum(ord(letter) * (place + 1) for place, letter in enumerate(caption))
-    return np.random.default_rng(seed).standard_normal((len(caption.split()) + 2, dim)).astype(np.float16)
-
-
-def image_embedding(key: str, clip_index: int, dim: int = EMBEDDING_DIM) -> Embedding:
-    seed = sum(ord(letter) * (place + 1) for place, letter in enumerate(key)) + clip_index
-    return np.random.default_rng(seed).standard_normal(dim).astype(np.float16)
-
-
-def output_with_embeddings(
-    root: Path, num_clips: int = 6, bucket: Bucket = CLIP, dim: int = EMBEDDING_DIM
-) -> ObjectStore:
+def output_with_embeddings(root: Path, num_clips: int = 6, bucket: Bucket = CLIP) -> ObjectStore:
     """An output of one shard with both column sets; captions of two lengths."""
-    store = open_store(str(root))
-    about = open_dataset(store, manifest())
-    records = [
-        record(
-            f"v{number}", bucket=bucket, caption="a red square" if number % 2 else f"circle {number} moves to the left"
-        )
-        for number in range(num_clips)
-    ]
-    commit = commit_records(store, about, "s000", records)
-    write_texts(store, commit, dim, lambda caption: text_embedding(caption, dim))
-    write_images(store, commit, [(entry.key, entry.clip_index) for entry in records], dim)
+    captions = [f"circle {n} moves to the left" if n % 2 else "a red square" for n in range(num_clips)]
+    store = output(root, [[record(f"v{n}", bucket=bucket, caption=text) for n, text in enumerate(captions)]])
+    add_text_set(store)
+    add_image_set(store)
     return store
-
-
-def write_texts(store: ObjectStore, commit: Commit, dim: int, embed: Callable[[str], Embedding]) -> None:
-    """Caption embeddings of a committed shard."""
-    base = base_file(commit)
-    assert base is not None
-    texts = open_columns(columns_store(store, "text"), set_manifest("text", dim))
-    captions = captions_of(store, base, ("caption",))
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "set.parquet"
-        embeddings = [TextEmbedding(embedding=embed(caption), is_truncated=False) for caption in captions]
-        num_rows = write_text_file(path, texts, captions, embeddings)
-        commit_columns(columns_store(store, "text"), texts, commit.shard_id, base, path, num_rows)
-
-
-def write_images(store: ObjectStore, commit: Commit, clips: Sequence[tuple[str, int]], dim: int) -> None:
-    """First-frame embeddings of a committed shard."""
-    base = base_file(commit)
-    assert base is not None
-    images = open_columns(columns_store(store, "image"), set_manifest("image", dim))
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "set.parquet"
-        num_rows = write_image_file(path, images, {name: image_embedding(*name, dim) for name in clips})
-        commit_columns(columns_store(store, "image"), images, commit.shard_id, base, path, num_rows)
-
-
-def set_manifest(name: Any, dim: int) -> ColumnsManifest:
-    return new_manifest(
-        name,
-        {},
-        encoder="made-up",
-        revision=None,
-        weights_sha256="ef" * 32,
-        embedding_dim=dim,
-        embedding_dtype="float16",
-        max_length=16,
-    )
 
 
 def model_config(folder: Path, kind: str, **changes: Any) -> Path:
