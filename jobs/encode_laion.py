@@ -19,6 +19,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -30,7 +31,7 @@ if _ROOT not in sys.path:
     sys.path.insert(0, _ROOT)
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [_ROOT, os.environ.get("PYTHONPATH")]))
 
-from pipeline.config import parse_arguments
+from pipeline.config import JobConfig, parse_arguments
 from pipeline.errors import (
     ConfigMismatchError,
     CredentialsExpiredError,
@@ -42,7 +43,8 @@ from pipeline.errors import (
 )
 from pipeline.metrics import RunMetrics
 from pipeline.progress import Progress
-from pipeline.run import EXIT_INTERRUPTED, EXIT_MISMATCH, EXIT_UNDONE, EXIT_USAGE, run
+from pipeline.run import EXIT_INTERRUPTED, EXIT_MISMATCH, EXIT_OK, EXIT_UNDONE, EXIT_USAGE, run
+from pipeline.store import shown_uri
 
 
 def main(argv: Sequence[str]) -> int:
@@ -53,7 +55,18 @@ def main(argv: Sequence[str]) -> int:
         config = parse_arguments(argv)
     except UsageError as error:
         return _fail(EXIT_USAGE, error)
-    metrics = RunMetrics()
+    metrics = RunMetrics(config.metric_labels)
+    started_at = time.time()
+    metrics.set("latentmill_run_start_timestamp_seconds", started_at)
+    if config.run.deadline_s is not None:
+        metrics.set("latentmill_run_deadline_timestamp_seconds", started_at + config.run.deadline_s)
+    exit_code = _encode(config, metrics)
+    if not config.run.dry_run:
+        _leave_metrics(config, metrics, exit_code)
+    return exit_code
+
+
+def _encode(config: JobConfig, metrics: RunMetrics) -> int:
     server = None
     try:
         if config.run.metrics_port is not None:
@@ -81,6 +94,25 @@ def main(argv: Sequence[str]) -> int:
             server.server_close()
     _result(asdict(summary))
     return summary.exit_code
+
+
+def _leave_metrics(config: JobConfig, metrics: RunMetrics, exit_code: int) -> None:
+    """Leaves the last values where they outlive the job. That this fails does not make a run fail."""
+    metrics.set("latentmill_run_end_timestamp_seconds", time.time())
+    metrics.set("latentmill_run_exit_code", exit_code)
+    if exit_code == EXIT_OK:
+        metrics.set("latentmill_run_success_timestamp_seconds", time.time())
+    for flag, leave, place in (
+        ("--metrics-file", metrics.write_final, config.run.metrics_file),
+        ("--metrics-push", metrics.push_final, config.run.metrics_push),
+    ):
+        if place is None:
+            continue
+        try:
+            leave(place)
+        except (OSError, ValueError) as error:
+            message = f"{flag} {shown_uri(place)}: the metrics of the run are lost: {error}"
+            print(printable(f"warning: {message}"), file=sys.stderr, flush=True)
 
 
 def _interrupt(_number: int, _frame: object) -> None:

@@ -57,7 +57,7 @@ from pipeline.records import (
 from pipeline.redo import Begun, begin, finish
 from pipeline.source import iterate_videos
 from pipeline.storage import ObjectStore, allow_web_inputs, open_store
-from pipeline.store import Steps
+from pipeline.store import Steps, StoreErrors
 
 # Clips decoded ahead of the encoder, per shard in flight: enough to hide a slow video, bounded whatever the bucket.
 _CLIPS_AHEAD_BYTES = 256 << 20
@@ -80,6 +80,15 @@ class WorkerFacts:
     versions: Mapping[str, str]
     node: str
     pid: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Beat:
+    """A sign of life of an actor, with what its process counts besides."""
+
+    num_steps: int
+    num_store_errors_repeated: int
+    num_store_errors_given_up: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -290,12 +299,17 @@ class EncodeActor:
             pid=os.getpid(),
         )
 
-    def beat(self) -> int:
-        """A number that grows with every block, video, clip, record and part of a file, and the pauses of retries.
+    def beat(self) -> Beat:
+        """Steps grow with every block, video, clip, record and part of a file, and the pauses of retries.
 
-        Shards in work that never move it hang; an actor that does not even answer is frozen.
+        Shards in work that never move them hang; an actor that does not even answer is frozen. Store errors come along
+        here, because a shard that waits for its store for minutes has no report yet.
         """
-        return Steps.num_of_process
+        return Beat(
+            num_steps=Steps.num_of_process,
+            num_store_errors_repeated=StoreErrors.num_repeated,
+            num_store_errors_given_up=StoreErrors.num_given_up,
+        )
 
     def process(self, spec: ShardSpec, manifest: DatasetManifest, poison: frozenset[int] = frozenset()) -> ShardReport:
         """Encodes one shard and commits it, or finds that it is committed.

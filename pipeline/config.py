@@ -154,6 +154,15 @@ def _digest(name: str) -> Callable[[str], str]:
     return parse
 
 
+def _label_value(name: str) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if re.fullmatch(r"[A-Za-z0-9_.:-]{1,64}", text) is None:
+            raise UsageError(f"--{name}: {text!r} is not 1 to 64 letters, digits and _ . : -")
+        return text
+
+    return parse
+
+
 def _column_names(text: str) -> tuple[str, ...]:
     names = tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
     if not names:
@@ -377,6 +386,31 @@ class RunConfig:
         "serve Prometheus metrics on 127.0.0.1:PORT (0: any free one)", whole("metrics-port", 0), None
     )
     metrics_address: str = option("address that the metrics are served on", str, "127.0.0.1")
+    metrics_job: str = option("constant label `job` of every metric", _label_value("metrics-job"), "latentmill")
+    metrics_run: str | None = option(
+        "constant label `run` of every metric; auto: the last part of --output",
+        auto_or(_label_value("metrics-run")),
+        None,
+    )
+    metrics_cluster: str = option(
+        "constant label `cluster` of every metric", _label_value("metrics-cluster"), "default"
+    )
+    metrics_file: str | None = option(
+        "write the metrics as they are at the end to this file (*.prom in a folder of node_exporter's textfile "
+        "collector)",
+        str,
+        None,
+    )
+    metrics_push: str | None = option(
+        "push the metrics as they are at the end to this Prometheus push gateway, such as http://pushgateway:9091",
+        str,
+        None,
+    )
+    deadline_s: float | None = option(
+        "seconds after which the run counts as overdue in its metrics; auto: never. Nothing is stopped",
+        auto_or(number("deadline-s", 1, 1e9)),
+        None,
+    )
     progress: str = option("auto, plain or json", choice("progress", PROGRESS), "auto")
     ray_address: str | None = option(
         "address of a running Ray cluster; default: the one of `ray job submit`, else an embedded one",
@@ -401,6 +435,17 @@ class JobConfig:
         """Names of the column sets that are made in the same pass."""
         asked = {"text": self.text.text_encoder, "image": self.image.image_encoder}
         return tuple(name for name, encoder in asked.items() if encoder is not None)
+
+    @property
+    def metric_labels(self) -> Mapping[str, str]:
+        """The constant labels of this run's metrics."""
+        last = self.run.output.rstrip("/").rpartition("/")[2]
+        default = re.sub(r"[^A-Za-z0-9_.:-]", "-", last)[:64] or "default"
+        return {
+            "job": self.run.metrics_job,
+            "run": self.run.metrics_run or default,
+            "cluster": self.run.metrics_cluster,
+        }
 
 
 Parts = Mapping[str, type[Any]]

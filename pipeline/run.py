@@ -32,7 +32,7 @@ from ray._private.authentication.authentication_utils import is_token_auth_enabl
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError, RayError, RayTaskError
 
 from pipeline import sandbox
-from pipeline.actors import EncodeActor, ShardReport, WorkerFacts
+from pipeline.actors import Beat, EncodeActor, ShardReport, WorkerFacts
 from pipeline.codec import CPU_ENVIRONMENT, load_model
 from pipeline.columns import refuse_unknown_columns
 from pipeline.commit import (
@@ -65,6 +65,7 @@ from pipeline.progress import Progress, RateMeter, Standing
 from pipeline.records import Commit, DatasetManifest, ShardSpec, sum_counts
 from pipeline.redo import Retries, ordered_repairs, repairs, retries
 from pipeline.storage import ObjectStore, allow_web_inputs, open_store
+from pipeline.store import StoreErrors
 
 EXIT_OK, EXIT_USAGE, EXIT_MISMATCH, EXIT_UNDONE, EXIT_REJECTED, EXIT_INTERRUPTED = 0, 2, 3, 4, 5, 130
 # Raised when the meaning of stored bytes changes with the code and not with the configuration.
@@ -212,7 +213,7 @@ def run(config: JobConfig, progress: Progress, metrics: RunMetrics) -> RunSummar
     check_store(store, config.run.single_writer)
     with _interrupts() as interrupt, _ray(config, progress):
         interrupt.install()  # ray.init puts a handler of its own in the place of ours
-        pool = _Pool(config, len(todo), progress)
+        pool = _Pool(config, len(todo), progress, metrics)
         try:
             facts = pool.start(interrupt)
             if facts is None:
@@ -435,7 +436,8 @@ class _Ledger:
                 self.undone.setdefault(spec.shard_id, message)
 
     def note_states(self, num_running: int) -> None:
-        """Sets the gauges of shards by state."""
+        """Sets the gauges of shards by state, and counts the store errors of this process."""
+        _follow_store_errors(self.metrics, "driver", StoreErrors.num_repeated, StoreErrors.num_given_up)
         for state, number in (
             ("pending", self.num_left - num_running),
             ("running", num_running),
@@ -617,7 +619,7 @@ class _Slot:
 class _Pool:
     """The encoder actors of a run."""
 
-    def __init__(self, config: JobConfig, num_shards: int, progress: Progress) -> None:
+    def __init__(self, config: JobConfig, num_shards: int, progress: Progress, metrics: RunMetrics) -> None:
         has_gpu = ray.cluster_resources().get("GPU", 0) > 0
         num_gpus = config.run.gpus_per_actor if config.run.gpus_per_actor is not None else float(has_gpu)
         device_type = "cuda" if num_gpus else "cpu"
@@ -639,6 +641,7 @@ class _Pool:
         )
         self._wanted = f"{num_actors} actors of {num_cpus} CPUs and {num_gpus:g} GPUs each"
         self._progress = progress
+        self._metrics = metrics
         self._run = config.run
         self._has_been_ready = False
         self._awake_s = 0.0
@@ -739,10 +742,13 @@ class _Pool:
     def _listen(self, slot: _Slot) -> None:
         if slot.beat is not None and ray.wait([slot.beat], timeout=0)[0]:
             with suppress(RayError):  # of a death its shards, or its start, will tell
-                num_steps = ray.get(slot.beat)
+                beat: Beat = ray.get(slot.beat)
                 slot.has_been_heard, slot.heard_s = True, self._awake_s
-                if num_steps != slot.num_steps or not slot.held:
-                    slot.num_steps, slot.stepped_s = num_steps, self._awake_s
+                if beat.num_steps != slot.num_steps or not slot.held:
+                    slot.num_steps, slot.stepped_s = beat.num_steps, self._awake_s
+                _follow_store_errors(
+                    self._metrics, str(slot.index), beat.num_store_errors_repeated, beat.num_store_errors_given_up
+                )
             slot.beat = None
         if slot.beat is None and self._awake_s - slot.asked_s >= _BEAT_S:
             slot.asked_s = self._awake_s
@@ -779,6 +785,11 @@ class _Pool:
         ray.wait([slot.handle.stop.remote() for slot in self.slots], num_returns=len(self.slots), timeout=_STOP_S)
         for slot in self.slots:
             ray.kill(slot.handle)
+
+
+def _follow_store_errors(metrics: RunMetrics, source: str, num_repeated: int, num_given_up: int) -> None:
+    metrics.follow("latentmill_store_errors_total", source, num_repeated, outcome="repeated")
+    metrics.follow("latentmill_store_errors_total", source, num_given_up, outcome="given_up")
 
 
 class _Search:

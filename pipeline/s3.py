@@ -31,7 +31,17 @@ from pipeline.errors import (
     StorageUnavailableError,
     UsageError,
 )
-from pipeline.store import Backoff, ObjectInfo, ObjectStore, Pace, Steps, checked_key, copy_or_nothing, shown_uri
+from pipeline.store import (
+    Backoff,
+    ObjectInfo,
+    ObjectStore,
+    Pace,
+    Steps,
+    StoreErrors,
+    checked_key,
+    copy_or_nothing,
+    shown_uri,
+)
 
 # An endpoint that never answered this process is more likely a wrong address than an outage: say so soon.
 FIRST_CONTACT_BUDGET_S = 15.0
@@ -239,12 +249,16 @@ class S3Store(ObjectStore):
                     if _is_denied(error) and not is_renewed:
                         # Keys are exchanged while a job runs; the new ones may be there already.
                         is_renewed = True
+                        StoreErrors.note(is_repeated=True)
                         _client_of.cache_clear()
                         continue
                 failure = self._failure(error, f"cannot {verb} s3://{self._bucket}/{self._prefix}{key}", endpoint)
                 budget_s = None if endpoint in _answered else FIRST_CONTACT_BUDGET_S
                 is_passing = isinstance(failure, StorageUnavailableError)
-                if not is_passing or is_sent_once or not backoff.pause(budget_s):
+                is_repeated = is_passing and not is_sent_once and backoff.pause(budget_s)
+                if not isinstance(failure, ObjectExistsError | StorageNotFoundError):
+                    StoreErrors.note(is_repeated=is_repeated)
+                if not is_repeated:
                     raise failure from error
 
     def _failure(self, error: Exception, what: str, endpoint: str) -> StorageError | UsageError:

@@ -59,6 +59,25 @@ class Steps:
         cls.num_of_process += 1
 
 
+class StoreErrors:
+    """Counts the requests to object stores that failed in this process, for the metrics of the run.
+
+    That something does not exist, or exists already, is an answer and no failure. Threads may lose some counts to
+    each other.
+    """
+
+    num_repeated: ClassVar[int] = 0
+    num_given_up: ClassVar[int] = 0
+
+    @classmethod
+    def note(cls, *, is_repeated: bool) -> None:
+        """Counts one."""
+        if is_repeated:
+            cls.num_repeated += 1
+        else:
+            cls.num_given_up += 1
+
+
 class Backoff:
     """Pauses between attempts: full jitter, the limit doubling from 0.1 s to 20 s, until a budget is spent."""
 

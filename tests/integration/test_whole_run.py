@@ -207,6 +207,9 @@ def test_metrics_of_a_run_are_served_while_it_runs(shards: Path, ray_home: Mappi
         with suppress(URLError, ConnectionError), urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as response:
             for family in text_string_to_metric_families(response.read().decode()):
                 for sample in family.samples:
+                    assert sample.labels.pop("run") == "latents"
+                    assert sample.labels.pop("job") == "latentmill"
+                    assert sample.labels.pop("cluster") == "default"
                     seen[sample.name, ",".join(sample.labels.values())] = sample.value
         return seen.get(("latentmill_shards", "done"), 0) >= 2
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from pathlib import Path
 from urllib.request import urlopen
 
 import pytest
@@ -9,7 +11,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from pipeline.actors import ShardReport
 from pipeline.config import parse_arguments
-from pipeline.metrics import METRICS, STAGES, RunMetrics
+from pipeline.metrics import METRICS, STAGES, RunMetrics, final_name
 from pipeline.records import REASONS, ShardCounts, ShardSpec
 from pipeline.redo import Retries
 from pipeline.run import _Again, _Ledger
@@ -76,6 +78,56 @@ def test_many_failures_of_many_inputs_make_no_new_series() -> None:
     assert [name for name, _ in after.keys() - before] == ["latentmill_encoder_busy_ratio"] * 2
     assert len(after) < 2000
     assert not any("s3://" in value for _, labels in after for _, value in labels)
+
+
+def test_constant_labels_stand_on_every_series() -> None:
+    constant = {"job": "latentmill", "run": "run1", "cluster": "west"}
+    metrics = RunMetrics(constant)
+    metrics.set("latentmill_run_start_timestamp_seconds", time.time())
+    metrics.set("latentmill_queue_depth", 2, actor="0")
+    seen = _scrape(metrics)
+    assert all(constant.items() <= dict(labels).items() for _, labels in seen)
+    assert {name for name, _ in seen} >= {"latentmill_frames_total", "latentmill_run_start_timestamp_seconds"}
+
+
+def test_what_a_run_does_not_know_yet_is_absent_and_not_zero() -> None:
+    metrics = RunMetrics()
+    assert "latentmill_run_deadline_timestamp_seconds" not in {name for name, _ in _scrape(metrics)}
+    metrics.set("latentmill_run_deadline_timestamp_seconds", 5.0)
+    assert _scrape(metrics)["latentmill_run_deadline_timestamp_seconds", ()] == 5.0
+
+
+def test_counts_of_other_processes_are_followed_also_when_a_process_is_replaced() -> None:
+    metrics = RunMetrics()
+    for source, total in (("0", 3), ("1", 1), ("0", 5), ("0", 2), ("0", 2)):  # the fourth: actor 0 has started anew
+        metrics.follow("latentmill_store_errors_total", source, total, outcome="repeated")
+    assert _scrape(metrics)["latentmill_store_errors_total", (("outcome", "repeated"),)] == 3 + 1 + 2 + 2
+
+
+def test_last_values_are_gauges_under_names_of_their_own(tmp_path: Path) -> None:
+    metrics = RunMetrics({"job": "latentmill", "run": "run1", "cluster": "west"})
+    metrics.add("latentmill_videos_total", 7, outcome="ok")
+    metrics.observe("latentmill_stage_seconds", 2.5, stage="encode")
+    metrics.set("latentmill_run_exit_code", 4)
+    path = tmp_path / "latentmill.prom"
+    metrics.write_final(str(path))
+    families = list(text_string_to_metric_families(path.read_text()))
+    assert {family.type for family in families} == {"gauge"}
+    values = {(s.name, s.labels.get("outcome", s.labels.get("stage"))): s.value for f in families for s in f.samples}
+    assert values["latentmill_last_run_videos", "ok"] == 7
+    assert values["latentmill_last_run_stage_seconds_sum", "encode"] == 2.5
+    assert values["latentmill_last_run_exit_code", None] == 4
+    assert all(sample.labels["run"] == "run1" for family in families for sample in family.samples)
+    # Beside the live series of the next run nothing is counted twice, and two names never become one.
+    assert not METRICS.keys() & {name for name, _ in values}
+    assert len({final_name(name) for name in METRICS}) == len(METRICS)
+
+
+def test_the_run_label_is_the_last_part_of_the_output_unless_it_is_given() -> None:
+    flags = ["--input", "in", "--model", "small", "--output"]
+    assert parse_arguments([*flags, "s3://bucket/a b/run 1/"]).metric_labels["run"] == "run-1"
+    given = parse_arguments([*flags, "out", "--metrics-run", "nightly", "--metrics-cluster", "west"])
+    assert given.metric_labels == {"job": "latentmill", "run": "nightly", "cluster": "west"}
 
 
 def _spec(name: str) -> ShardSpec:
