@@ -3,7 +3,7 @@
 PYTHON ?= python3
 PIP = .venv/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test bench ablation claim chaos chaos-tests lint clean
+.PHONY: demo test bench ablation claim chaos chaos-tests lint lock audit clean
 
 demo: .venv/installed-run
 	.venv/bin/python jobs/demo.py --output demo-output
@@ -38,6 +38,19 @@ lint: .venv/installed-test
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 	.venv/bin/lint-imports
+
+# After constraints.txt has changed.
+lock: .venv/installed-test
+	$(PIP) uv
+	.venv/bin/python tests/lock.py
+
+# Known holes in what is locked, as far as the registry at hand tells of them; fails where it does not.
+audit: .venv/pip-audit
+	.venv/pip-audit/bin/pip-audit --strict --no-deps --disable-pip --requirement requirements.lock
+
+.venv/pip-audit: .venv/bin/pip
+	$(PYTHON) -m venv $@
+	$@/bin/pip install --quiet --disable-pip-version-check pip-audit
 
 clean:
 	rm -rf .venv demo-output

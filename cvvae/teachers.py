@@ -30,6 +30,9 @@ _ENCODER_BLOCKS = (1, 3, 3, 3)
 _DECODER_BLOCKS = (3, 3, 3, 1)
 _POOL_GROUPS = 4
 _SUFFIXES = (".safetensors", ".pth")
+# Before, a crafted pickle could corrupt memory in spite of `weights_only` (CVE-2026-24747).
+# TorchVersion compares as versions do.
+_SAFE_PICKLES_SINCE = "2.10"
 
 
 class TeacherError(ValueError):
@@ -431,6 +434,11 @@ def _read(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
+        if torch.__version__ < _SAFE_PICKLES_SINCE:
+            raise TeacherError(
+                f"{path} is a pickle; in torch {torch.__version__} a crafted one can corrupt memory (CVE-2026-24747): "
+                "use torch 2.10 or newer, or convert the file to safetensors"
+            )
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
         raise TeacherError(f"{path} could not be read as weights ({error}): fetch the file again") from error

@@ -13,6 +13,7 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 from image_vaes import narrow_image_vae
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.torch_version import TorchVersion
 
 from cvvae.teachers import FrozenTeacher, KLTeacher, TeacherError, TinyImageVAE, TinyTeacher, load_teacher
 
@@ -317,3 +318,17 @@ def test_a_hub_id_without_a_network_is_refused(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(TeacherError, match=r"could not be fetched.*subfolder"):
         load_teacher("no-such-owner/no-such-model", "vae")
+
+
+def test_a_pickle_is_not_opened_with_a_torch_that_a_crafted_one_can_harm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for suffix in (".pth", ".safetensors"):
+        (tmp_path / suffix).mkdir()
+        write_pair(tmp_path / suffix, made(), suffix=suffix)
+    monkeypatch.setattr(torch, "__version__", TorchVersion("2.9.1+cu128"))
+    with pytest.raises(TeacherError, match=r"2\.9\.1.*CVE-2026-24747.*safetensors"):
+        load_teacher(str(tmp_path / ".pth"))
+    load_teacher(str(tmp_path / ".safetensors"))
+    monkeypatch.setattr(torch, "__version__", TorchVersion("2.10.0"))
+    load_teacher(str(tmp_path / ".pth"))
