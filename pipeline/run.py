@@ -603,6 +603,7 @@ class _Slot:
     handle: Any
     is_ready: bool = False
     has_been_ready: bool = False
+    has_been_killed: bool = False  # while it started
     held: set[str] = field(default_factory=set)
     num_failed_starts: int = 0  # since it was last ready
     num_start_errors: int = 0  # of these, by an error of a process that lives
@@ -700,7 +701,7 @@ class _Pool:
         except RayActorError as error:
             slot.num_failed_starts += 1
             # Dead for good is an actor whose constructor failed; one that Ray starts again answers so for a while.
-            is_returning = slot.has_been_ready or slot.num_start_errors
+            is_returning = slot.has_been_ready or slot.has_been_killed or slot.num_start_errors
             limit = _MAX_FAILED_RETURNS if is_returning else _MAX_FAILED_STARTS
             if isinstance(error, ActorDiedError) or slot.num_failed_starts >= limit:
                 self._give_up(slot, error)
@@ -769,6 +770,7 @@ class _Pool:
         if slot.is_ready:
             self.restart(slot, kill=True)
         else:
+            slot.has_been_killed = True
             ray.kill(slot.handle, no_restart=False)
             slot.beat, slot.has_been_heard, slot.heard_s = None, False, self._awake_s
 

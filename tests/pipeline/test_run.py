@@ -328,6 +328,19 @@ def test_a_failed_start_in_a_run_that_works_costs_that_actor_alone(monkeypatch: 
         pool.admit(next(iter(pool.starting)))
 
 
+def test_an_actor_that_was_killed_while_it_started_is_waited_for_as_one_that_comes_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pool = _failing_pool(monkeypatch, ActorUnavailableError("The actor is restarting", None))
+    late = pool.slots[0]
+    _Pool.end_hanging(pool, late)
+    for _ in range(run._MAX_FAILED_RETURNS - 1):
+        pool.admit(next(iter(pool.starting)))
+    assert late in pool.slots
+    pool.admit(next(iter(pool.starting)))
+    assert late not in pool.slots
+
+
 @pytest.mark.parametrize(("error", "num_kills"), [(ActorUnavailableError("gone", None), 1), (RayActorError(), 0)])
 def test_an_actor_that_is_only_out_of_reach_is_ended_before_its_shards_go_elsewhere(
     error: RayActorError, num_kills: int, monkeypatch: pytest.MonkeyPatch
