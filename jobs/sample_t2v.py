@@ -54,7 +54,10 @@ EXIT_DONE, EXIT_USAGE, EXIT_FAILED = 0, 2, 4
 
 
 def _one_size(text: str) -> tuple[Bucket, ...]:
-    wanted = [bucket for bucket in parse_buckets(text) if bucket.num_frames > 1]
+    try:
+        wanted = [bucket for bucket in parse_buckets(text) if bucket.num_frames > 1]
+    except UsageError as error:
+        raise UsageError(str(error).replace("--buckets", "--size")) from error
     if len(wanted) != 1:
         raise UsageError(f"--size: {text!r} is not one WIDTHxHEIGHTxFRAMES of several frames, for example 256x256x17")
     return tuple(wanted)
@@ -259,7 +262,7 @@ def read_picture(path: str, size: Bucket) -> Frames:
             fitted = ImageOps.fit(upright, (size.width_px, size.height_px), Image.Resampling.LANCZOS)
     except (OSError, ValueError, Image.DecompressionBombError) as error:
         raise UsageError(f"--first-frame: {path} cannot be read as a picture: {error}") from error
-    return np.asarray(fitted)
+    return np.array(fitted)
 
 
 def _fail(exit_code: int, error: Exception) -> int:
