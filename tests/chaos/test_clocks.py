@@ -95,7 +95,6 @@ def test_writers_whose_clocks_differ_by_days_and_step_back_write_what_one_with_a
     wall, monotonic = map(float, said.split())
     assert 80_000 < time.time() - wall < 90_000, "the clock is changed"
     assert abs(time.monotonic() - monotonic) < 1000
-    shifts = ("+1d", "-1d", "+0")
     writers = [
         _start(source, output, f"at {shift}", _clock(tmp_path / f"clock{shift}", shift))
         for shift in ("+1d", "-1d", "+0")
