@@ -264,6 +264,27 @@ def test_a_store_that_stays_down_ends_in_an_error_within_the_budget(
     assert proxy.count("GET") < 20
 
 
+def test_failed_requests_are_counted_as_repeated_or_given_up_and_answers_are_not(
+    proxy: FaultProxy, far_store: ObjectStore, impatient: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline.store.StoreErrors, "num_repeated", 0)
+    monkeypatch.setattr(pipeline.store.StoreErrors, "num_given_up", 0)
+    errors = pipeline.store.StoreErrors
+    far_store.put_if_absent("x", b"1")
+    with pytest.raises(ObjectExistsError):
+        far_store.put_if_absent("x", b"2")
+    assert far_store.find("y") is None
+    assert (errors.num_repeated, errors.num_given_up) == (0, 0)
+    proxy.first(2, "500", "GET")
+    far_store.get("x")
+    assert (errors.num_repeated, errors.num_given_up) == (2, 0)
+    proxy.fault = lambda method, path: "500"
+    with pytest.raises(StorageUnavailableError):
+        far_store.get("x")
+    assert errors.num_repeated > 2
+    assert errors.num_given_up == 1
+
+
 class Clock:
     """A clock that only sleeping moves."""
 
