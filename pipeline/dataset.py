@@ -262,7 +262,7 @@ class LatentDataset(IterableDataset[dict[str, Any]]):
         """
         epoch, passed, turn = self._position
         worker = get_worker_info()
-        return self._state(epoch, passed) | {"worker": worker and [worker.id, worker.num_workers, turn]}
+        return self._state(self._plan, epoch, passed) | {"worker": worker and [worker.id, worker.num_workers, turn]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Starts the next pass where the state was taken; the same order goes on, batch by batch.
@@ -291,7 +291,7 @@ class LatentDataset(IterableDataset[dict[str, Any]]):
             self._begin_at(epoch, passed)
 
     def _refuse_another_order(self, state: Mapping[str, Any]) -> None:
-        now = self._state(0, 0)
+        now = self._state(self._plan, 0, 0)
         fixed = [name for name in now if name not in ("epoch", "num_global_batches", "snapshot", "worker")]
         other = [
             f"{name} {state.get(name)!r} there, {now[name]!r} here" for name in fixed if state.get(name) != now[name]
@@ -312,15 +312,15 @@ class LatentDataset(IterableDataset[dict[str, Any]]):
             self._plan = self._planned(snapshot)
             self._reader = None
 
-    def _state(self, epoch: int, passed: int) -> dict[str, Any]:
-        sizes = (self._plan.batch_rows * self._world_size).tolist()
+    def _state(self, plan: _Plan, epoch: int, passed: int) -> dict[str, Any]:
+        sizes = (plan.batch_rows * self._world_size).tolist()
         return {
             "version": STATE_VERSION,
-            "snapshot": self._plan.snapshot,
-            "data": self._plan.digest,
+            "snapshot": plan.snapshot,
+            "data": plan.digest,
             "shuffle_seed": self._seed,
             "window_bytes": self._window_bytes,
-            "global_batch_size": dict(zip(self._plan.buckets, sizes, strict=True)),
+            "global_batch_size": dict(zip(plan.buckets, sizes, strict=True)),
             "epoch": epoch,
             "num_global_batches": passed,
             "worker": None,
@@ -376,28 +376,23 @@ class LatentDataset(IterableDataset[dict[str, Any]]):
             self._position = epoch, passed, 0
         else:
             self._position, self._resumed = self._resumed, None
-        return self._batches(*self._position)
+        return self._batches(self._plan, *self._position)
 
-    def _batches(self, epoch: int, passed: int, turn: int) -> Iterator[dict[str, Any]]:
+    def _batches(self, plan: _Plan, epoch: int, passed: int, turn: int) -> Iterator[dict[str, Any]]:
         worker = get_worker_info()
         worker_id, num_workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
         reader = self._row_reader(num_workers)
-        for batch in reader.with_files_ahead(self._planned_batches(epoch, passed, turn, worker_id, num_workers)):
-            records = [
-                reader.record(file, batch.bucket, number)
-                for file, number in zip(batch.files, batch.numbers, strict=True)
-            ]
-            loaded = self._recipe.batch(records, [self._plan.files[file].shard_id for file in batch.files], epoch)
+        for batch, records in reader.read(self._planned_batches(plan, epoch, passed, turn, worker_id, num_workers)):
+            loaded = self._recipe.batch(records, [plan.files[file].shard_id for file in batch.files], epoch)
             loaded["is_padding"] = list(batch.is_padding)
             loaded["bucket"] = batch.bucket
-            loaded["cursor"] = self._state(epoch, batch.number)
+            loaded["cursor"] = self._state(plan, epoch, batch.number)
             self._position = epoch, batch.number, batch.turn + 1
             yield loaded
 
     def _planned_batches(
-        self, epoch: int, passed: int, turn: int, worker_id: int, num_workers: int
+        self, plan: _Plan, epoch: int, passed: int, turn: int, worker_id: int, num_workers: int
     ) -> Iterator[PlannedBatch]:
-        plan = self._plan
         batches = global_batches(
             plan.counts,
             plan.file_bytes,

@@ -10,6 +10,7 @@ bytes, the least recently used dropped first.
 from __future__ import annotations
 
 import os
+import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -28,9 +29,12 @@ from pipeline.storage import ObjectStore
 from pipeline.stored import RecordFile, StoredRecord
 
 # Fetching waits for the network, checking for a core: a few threads keep both busy.
-_NUM_THREADS = 8
-# Planned batches are small; what bounds their files is a limit in bytes.
+_NUM_FETCHERS = 8
+_NUM_DECODERS = 2
+# Planned batches are small; what bounds their files is a limit in bytes. Row groups are larger than what a batch needs
+# of them, and are decoded shortly before.
 _BATCHES_AHEAD = 1024
+_BATCHES_DECODED_AHEAD = 16
 _V = TypeVar("_V")
 
 
@@ -81,31 +85,31 @@ class RowReader:
         self.data_files = files
         self._cache = cache
         self._checked = checked
-        self._columns = tuple(dict.fromkeys(["bucket", *columns]))
+        self.columns = tuple(dict.fromkeys(["bucket", *columns]))
         self._wanted = wanted
         self._window_bytes = window_bytes
-        self._files: _Recent[_OpenFile] = _Recent(max_open_files)
+        self._files: _Recent[OpenFile] = _Recent(max_open_files)
         self._groups: _Recent[list[StoredRecord]] = _Recent(2 * window_bytes)
-        self._pool: ThreadPoolExecutor | None = None
-        self._coming: dict[int, Future[_OpenFile]] = {}
 
-    def with_files_ahead(self, batches: Iterable[PlannedBatch]) -> Iterator[PlannedBatch]:
-        """The batches as they are; meanwhile files of later ones are fetched, up to `window_bytes` not used yet.
+    def read(self, batches: Iterable[PlannedBatch]) -> Iterator[tuple[PlannedBatch, list[StoredRecord]]]:
+        """The batches with their rows; meanwhile files of later ones are fetched, up to `window_bytes` not used yet.
 
-        Files that were asked for and not used are forgotten when this ends.
+        Raises:
+            DamagedObjectError: a file does not have the bytes or rows that its commit states.
+            StorageNotFoundError: a file is gone.
         """
         batches = iter(batches)
         ahead: deque[tuple[PlannedBatch, int]] = deque()
         num_bytes = 0
         is_over = False
-        try:
+        with _Background(self) as background:
             while True:
                 while not is_over and len(ahead) < _BATCHES_AHEAD and num_bytes < self._window_bytes:
                     batch = next(batches, None)
                     if batch is None:
                         is_over = True
                     else:
-                        new = [file for file in dict.fromkeys(batch.files) if self._begin(file)]
+                        new = [file for file in dict.fromkeys(batch.files) if background.begin_file(file)]
                         new_bytes = sum(self.data_files[file].stat.num_bytes for file in new)
                         num_bytes += new_bytes
                         ahead.append((batch, new_bytes))
@@ -113,45 +117,37 @@ class RowReader:
                     return
                 batch, new_bytes = ahead.popleft()
                 num_bytes -= new_bytes
-                yield batch
-        finally:
-            self._forget_coming()
+                if len(ahead) >= _BATCHES_DECODED_AHEAD:
+                    background.begin_groups(ahead[_BATCHES_DECODED_AHEAD - 1][0])
+                places = zip(batch.files, batch.numbers, strict=True)
+                yield batch, [self.record(file, batch.bucket, number, background) for file, number in places]
 
-    def record(self, file: int, bucket: str, number: int) -> StoredRecord:
-        """The row with this number among the rows of the bucket that count in the file.
-
-        Raises:
-            DamagedObjectError: the file does not have the bytes or rows that its commit states.
-            StorageNotFoundError: the file is gone.
-        """
-        opened = self._files.get(file, lambda: self._arrived(file), lambda _: 1)
+    def record(self, file: int, bucket: str, number: int, background: _Background | None = None) -> StoredRecord:
+        """The row with this number among the rows of the bucket that count in the file; raises as `read` does."""
+        opened = self.file(file, background)
         group, index = opened.places[bucket][number]
         return self._groups.get(
             (file, group),
-            lambda: opened.records.read_group(group, self._columns),
+            lambda: opened.read(group, self.columns) if background is None else background.group(opened, file, group),
             lambda records: sum(record.latent.nbytes + _text_bytes(record.columns) for record in records),
         )[index]
 
-    def _begin(self, file: int) -> bool:
-        """Has a file fetched and opened in the background; False where that is so already."""
-        if file in self._coming or file in self._files:
-            return False
-        if self._pool is None:
-            self._pool = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="latentmill-fetch")
-        self._coming[file] = self._pool.submit(self._opened, file)
-        return True
+    def file(self, file: int, background: _Background | None = None) -> OpenFile:
+        """A file, checked and open."""
+        return self._files.get(
+            file, lambda: self.opened(file) if background is None else background.file(file), lambda _: 1
+        )
 
-    def _arrived(self, file: int) -> _OpenFile:
-        coming = self._coming.pop(file, None)
-        return self._opened(file) if coming is None else coming.result()
+    def has_file(self, file: int) -> bool:
+        """Whether a file is open."""
+        return file in self._files
 
-    def _forget_coming(self) -> None:
-        self._coming.clear()
-        if self._pool is not None:
-            self._pool.shutdown(wait=False, cancel_futures=True)
-            self._pool = None
+    def has_group(self, file: int, group: int) -> bool:
+        """Whether a row group is decoded."""
+        return (file, group) in self._groups
 
-    def _opened(self, file: int) -> _OpenFile:
+    def opened(self, file: int) -> OpenFile:
+        """Opens a file and checks it; safe in threads."""
         data_file = self.data_files[file]
         stat = data_file.stat
         try:
@@ -182,15 +178,70 @@ class RowReader:
                 f"{self._store.url(stat.key)} has the rows {found} per bucket, its commit states "
                 f"{dict(data_file.bucket_rows)}"
             )
-        return _OpenFile(records, places)
+        return OpenFile(records, places)
 
 
-@dataclass(frozen=True, slots=True)
-class _OpenFile:
+class OpenFile:
     """An open file with the (group, index in it) of each row that counts, per bucket."""
 
-    records: RecordFile
-    places: Mapping[str, Sequence[tuple[int, int]]]
+    def __init__(self, records: RecordFile, places: Mapping[str, Sequence[tuple[int, int]]]) -> None:
+        self.places = places
+        self._records = records
+        self._lock = threading.Lock()
+
+    def read(self, group: int, columns: Sequence[str]) -> list[StoredRecord]:
+        """Decodes a row group; safe in threads, one at a time."""
+        with self._lock:
+            return self._records.read_group(group, columns)
+
+
+class _Background:
+    """Threads of one iteration that open files and decode row groups which will be wanted soon.
+
+    Each iteration has its own, so that one which is given up takes nothing from another.
+    """
+
+    def __init__(self, reader: RowReader) -> None:
+        self._reader = reader
+        self._fetchers = ThreadPoolExecutor(_NUM_FETCHERS, thread_name_prefix="latentmill-fetch")
+        self._decoders = ThreadPoolExecutor(_NUM_DECODERS, thread_name_prefix="latentmill-decode")
+        self._files: dict[int, Future[OpenFile]] = {}
+        self._groups: dict[tuple[int, int], Future[list[StoredRecord]]] = {}
+
+    def __enter__(self) -> _Background:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for pool in (self._fetchers, self._decoders):
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def begin_file(self, file: int) -> bool:
+        """Has a file opened; False where that is so already."""
+        if file in self._files or self._reader.has_file(file):
+            return False
+        self._files[file] = self._fetchers.submit(self._reader.opened, file)
+        return True
+
+    def begin_groups(self, batch: PlannedBatch) -> None:
+        """Has decoded what a batch needs of the files that are open."""
+        for file, number in zip(batch.files, batch.numbers, strict=True):
+            coming = self._files.get(file)
+            if coming is not None and not (coming.done() and coming.exception() is None):
+                continue
+            opened = self._reader.file(file, self)
+            group, _ = opened.places[batch.bucket][number]
+            if (file, group) not in self._groups and not self._reader.has_group(file, group):
+                self._groups[file, group] = self._decoders.submit(opened.read, group, self._reader.columns)
+
+    def file(self, file: int) -> OpenFile:
+        """A file that was begun, or opened now."""
+        coming = self._files.pop(file, None)
+        return self._reader.opened(file) if coming is None else coming.result()
+
+    def group(self, opened: OpenFile, file: int, group: int) -> list[StoredRecord]:
+        """A row group that was begun, or decoded now."""
+        coming = self._groups.pop((file, group), None)
+        return opened.read(group, self._reader.columns) if coming is None else coming.result()
 
 
 class _Recent(Generic[_V]):

@@ -1,0 +1,444 @@
+"""How fast training reads latents: LatentDataset beside stock WebDataset and LitData, and what it costs to begin.
+
+Run as a script (`make bench` does); prints Markdown tables. LitData needs another botocore than Latentmill, so it lives
+in a virtual environment of its own: --litdata-python names its interpreter; without one its column is left out.
+
+Every reader gives the same: batches of 8 of one shape, shuffled, float32 and scaled, with caption and key, from the same
+latents: those of the real clips of the tests, encoded by the model "small" (float16; 4 of its 32 channels, as Stable
+Diffusion has them: 40 KB, so that what a sample costs beside its bytes shows), multiplied as in bench_layout. Latentmill reads its Parquet (zstd) and checks every SHA-256; WebDataset reads Latentmill's tars
+through a shuffle buffer of 1,000; LitData reads its own chunks of 64 MB, written by its own writer. From the object
+store each begins with an empty cache. Every measurement is a process of its own; the readers take turns, the median of
+the rounds counts, and rates are from the first batch to the end of an epoch. Memory is the proportional set size (PSS)
+of the process and its workers, less what it was after the imports, at its highest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests")]
+
+BATCH_SIZE = 8
+READERS = ("latentmill", "webdataset", "litdata")
+SCALE, SHIFT = 0.5, 0.25
+BUCKET = "latents"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--litdata-python", help="interpreter of an environment with litdata")
+    parser.add_argument("--shards", type=int, default=32, help="shards of 256 rows, 10 MB each")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--parts", default="rates,fly,first,plan", help="which tables, comma-separated")
+    parser.add_argument("--child", help="internal: one measurement, as JSON")
+    arguments = parser.parse_args()
+    if arguments.child:
+        print(json.dumps(CHILDREN[json.loads(arguments.child)["what"]](json.loads(arguments.child))))
+        return
+    print(f"{platform.machine()}, {os.cpu_count()} cores, {arguments.rounds} rounds, load {os.getloadavg()[0]:.1f}\n")
+    with tempfile.TemporaryDirectory(prefix="bench-reader-") as folder:
+        for part in arguments.parts.split(","):
+            PARTS[part](arguments, Path(folder))
+
+
+def measured(python: str, **task: Any) -> dict[str, Any]:
+    """One measurement in a process of its own; the environment says where the object store is."""
+    done = subprocess.run(
+        [python, __file__, "--child", json.dumps(task)],
+        check=True,
+        stdout=subprocess.PIPE,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+# Rates
+
+
+def print_rates(arguments: argparse.Namespace, folder: Path) -> None:
+    from servers import s3_client, seaweed
+
+    num_rows = write_latents(folder / "latents", arguments.shards, 256)
+    pythons = {"latentmill": sys.executable, "webdataset": sys.executable}
+    if arguments.litdata_python:
+        pythons["litdata"] = arguments.litdata_python
+        measured(arguments.litdata_python, what="write_litdata", source=str(folder / "latents"), to=str(folder / "lit"))
+    with seaweed([BUCKET]) as (_, env):
+        os.environ.update(env)
+        client = s3_client(env)
+        for name in ("latents", "lit"):
+            for path in sorted((folder / name).rglob("*")) if (folder / name).exists() else []:
+                if path.is_file():
+                    client.put_object(
+                        Bucket=BUCKET, Key=str(path.relative_to(folder)), Body=path.read_bytes()
+                    )
+        print(f"{num_rows} latents (4, 5, 32, 32) float16; samples/s, and memory above the imports in MB\n")
+        print("| from | workers | " + " | ".join(pythons) + " | ratio to the faster other | memory |")
+        print("|---|---|" + "---|" * (len(pythons) + 2))
+        for where in ("disk", "SeaweedFS"):
+            for workers in (0, 2):
+                root = str(folder) if where == "disk" else f"s3://{BUCKET}"
+                rates: dict[str, list[float]] = {name: [] for name in pythons}
+                memory: dict[str, list[float]] = {name: [] for name in pythons}
+                for _ in range(arguments.rounds):
+                    for name, python in pythons.items():
+                        cache = folder / "cache"
+                        shutil.rmtree(cache, ignore_errors=True)
+                        found = measured(python, what=name, root=root, workers=workers, cache=str(cache))
+                        assert found["num_samples"] == num_rows, f"{name} gave {found['num_samples']} of {num_rows}"
+                        rates[name].append(found["rate"])
+                        memory[name].append(found["memory_mb"])
+                median = {name: statistics.median(values) for name, values in rates.items()}
+                others = [rate for name, rate in median.items() if name != "latentmill"]
+                figures = " | ".join(f"{median[name]:,.0f}" for name in pythons)
+                held = ", ".join(f"{statistics.median(values):,.0f}" for values in memory.values())
+                print(f"| {where} | {workers} | {figures} | {median['latentmill'] / max(others):.2f} | {held} |", flush=True)
+        print()
+
+
+def write_latents(root: Path, num_shards: int, rows: int) -> int:
+    """An output of Latentmill with Parquet files and tars, and a snapshot; the number of its rows."""
+    from bench_layout import multiply, real_latents
+    from latents import commit_records, manifest
+
+    from pipeline.commit import open_dataset, publish_snapshot
+    from pipeline.storage import open_store
+
+    store = open_store(str(root))
+    about = open_dataset(store, manifest())
+    latents = multiply([latent[:4] for latent in real_latents()], num_shards * rows)
+    for number in range(num_shards):
+        records = [_record(f"{number:05d}{row:05d}", latents[number * rows + row]) for row in range(rows)]
+        commit_records(store, about, f"s{number:05d}", records, output_format="both")
+    publish_snapshot(store)
+    return num_shards * rows
+
+
+def _record(key: str, latent: Any) -> Any:
+    from dataclasses import replace
+
+    from latents import record
+
+    from pipeline.records import Bucket
+
+    bucket = Bucket(width_px=256, height_px=256, num_frames=17)
+    caption = f"a clip of some length with the number {key}, described in one sentence of about twenty words"
+    return replace(record(key, caption=caption), mean=latent, bucket=bucket)
+
+
+@contextmanager
+def peak_memory() -> Iterator[list[float]]:
+    """PSS of this process and those below it in MB, less that at the start: its highest value so far."""
+    import psutil
+
+    me, peak, is_over = psutil.Process(), [0.0], threading.Event()
+
+    def pss() -> float:
+        total = 0
+        for process in [me, *me.children(recursive=True)]:
+            try:
+                total += process.memory_full_info().pss
+            except psutil.Error:
+                continue
+        return total / 2**20
+
+    before = pss()
+
+    def watch() -> None:
+        while not is_over.wait(0.1):
+            peak[0] = max(peak[0], pss() - before)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield peak
+    finally:
+        is_over.set()
+        thread.join()
+
+
+def rate_of(make_batches: Any) -> dict[str, Any]:
+    """Samples a second from the first batch to the end of an epoch, and the processor's time for each of them."""
+
+    def cpu_s() -> float:
+        usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+        return sum(entry.ru_utime + entry.ru_stime for entry in usage)
+
+    cpu_before_s = cpu_s()
+    with peak_memory() as peak:
+        num_samples = num_timed = 0
+        started = None
+        for batch in make_batches():
+            if started is None:
+                started = time.perf_counter()
+            else:
+                num_timed += len(batch["key"])
+            num_samples += len(batch["key"])
+            assert batch["latents"].dtype.is_floating_point and batch["latents"].element_size() == 4
+        assert started is not None
+        seconds = time.perf_counter() - started
+    return {
+        "num_samples": num_samples,
+        "rate": num_timed / seconds,
+        "memory_mb": peak[0],
+        "cpu_us": (cpu_s() - cpu_before_s) / num_samples * 1e6,
+    }
+
+
+def read_latentmill(task: dict[str, Any]) -> dict[str, Any]:
+    from torch.utils.data import DataLoader
+
+    from pipeline import LatentDataset
+
+    def batches() -> Any:
+        dataset = LatentDataset(f"{task['root']}/latents", batch_size=BATCH_SIZE, cache_dir=task["cache"])
+        return DataLoader(dataset, batch_size=None, num_workers=task["workers"])
+
+    return rate_of(batches)
+
+
+def read_webdataset(task: dict[str, Any]) -> dict[str, Any]:
+    import webdataset as wds
+
+    from pipeline.dataset import data_urls
+
+    def batches() -> Any:
+        urls = data_urls(f"{task['root']}/latents", "webdataset")
+        if task["root"].startswith("s3://"):
+            urls = [f"pipe:curl -s -f '{_presigned(url)}'" for url in urls]
+        dataset = (
+            wds.WebDataset(urls, shardshuffle=len(urls), seed=0)
+            .shuffle(1000)
+            .decode()
+            .to_tuple("__key__", "latent.npy", "txt")
+            .batched(BATCH_SIZE, collation_fn=_collated)
+        )
+        return wds.WebLoader(dataset, batch_size=None, num_workers=task["workers"])
+
+    return rate_of(batches)
+
+
+def _presigned(url: str) -> str:
+    from servers import s3_client
+
+    bucket, _, key = url.removeprefix("s3://").partition("/")
+    found: str = s3_client(os.environ).generate_presigned_url("get_object", Params={"Bucket": bucket, "Key": key})
+    return found
+
+
+def read_litdata(task: dict[str, Any]) -> dict[str, Any]:
+    import litdata
+
+    def batches() -> Any:
+        options = {}
+        if task["root"].startswith("s3://"):
+            options = {"storage_options": {"endpoint_url": os.environ["AWS_ENDPOINT_URL"], "region_name": "us-east-1"}}
+        dataset = litdata.StreamingDataset(
+            f"{task['root']}/lit", shuffle=True, seed=0, cache_dir=task["cache"], drop_last=False, **options
+        )
+        return litdata.StreamingDataLoader(
+            dataset, batch_size=BATCH_SIZE, num_workers=task["workers"], collate_fn=_collated, drop_last=False
+        )
+
+    return rate_of(batches)
+
+
+def write_litdata(task: dict[str, Any]) -> dict[str, Any]:
+    """LitData's chunks of the latents of an output, by its own writer."""
+    import litdata
+    import pyarrow.parquet as pq
+
+    paths = sorted((Path(task["source"]) / "data").rglob("*.parquet"))
+    litdata.optimize(
+        fn=_rows_of, inputs=[str(path) for path in paths], output_dir=task["to"], chunk_bytes="64MB", num_workers=1
+    )
+    assert pq
+    return {}
+
+
+def _rows_of(path: str) -> Iterator[tuple[str, Any, str]]:
+    import numpy as np
+    import pyarrow.parquet as pq
+
+    for row in pq.read_table(path, columns=["key", "latent", "latent_shape", "caption"]).to_pylist():
+        yield row["key"], np.frombuffer(row["latent"], "<f2").reshape(row["latent_shape"]), row["caption"]
+
+
+def _collated(samples: Sequence[tuple[str, Any, str]]) -> dict[str, Any]:
+    import numpy as np
+    import torch
+
+    keys, latents, captions = zip(*samples, strict=True)
+    stacked = torch.from_numpy(np.stack(latents)).float().sub_(SHIFT).mul_(SCALE)
+    return {"latents": stacked, "key": list(keys), "caption": list(captions)}
+
+
+# Against decoding and encoding in the training loop
+
+
+def print_on_the_fly(arguments: argparse.Namespace, folder: Path) -> None:
+    if not (folder / "latents").exists():
+        write_latents(folder / "latents", arguments.shards, 256)
+    read, encoded = [], []
+    for _ in range(arguments.rounds):
+        found = measured(sys.executable, what="latentmill", root=str(folder), workers=0, cache=str(folder / "cache"))
+        read.append(found["rate"])
+        encoded.append(measured(sys.executable, what="encode")["rate"])
+    factor = statistics.median(read) / statistics.median(encoded)
+    print(
+        f"Against decoding (decord) and encoding (`small`, 17x256x256) in the training loop, one process each: "
+        f"{statistics.median(read):,.0f} against {statistics.median(encoded):.2f} samples/s, {factor:,.0f} times\n"
+    )
+
+
+def encode_clips(task: dict[str, Any]) -> dict[str, Any]:
+    import torch
+    from bench_layout import real_latents
+
+    torch.set_num_threads(1)
+    started = time.perf_counter()
+    return {"rate": len(real_latents()) / (time.perf_counter() - started)}
+
+
+# The beginning
+
+
+def print_first_batch(arguments: argparse.Namespace, folder: Path) -> None:
+    from servers import s3_client, seaweed
+
+    num_shards, rows = 1000, 64
+    write_latents(folder / "many", num_shards, rows)
+    with seaweed([BUCKET]) as (_, env):
+        os.environ.update(env)
+        client = s3_client(env)
+        for path in sorted((folder / "many").rglob("*")):
+            if path.is_file() and path.suffix != ".tar":
+                client.put_object(Bucket=BUCKET, Key=str(path.relative_to(folder)), Body=path.read_bytes())
+        for workers in (0, 2):
+            seconds = []
+            for _ in range(arguments.rounds):
+                shutil.rmtree(folder / "cache", ignore_errors=True)
+                task = {"root": f"s3://{BUCKET}/many", "workers": workers, "cache": str(folder / "cache")}
+                seconds.append(measured(sys.executable, what="first_batch", **task)["seconds"])
+            print(
+                f"First batch from {num_shards} shards of {rows} rows (2.4 MB) on SeaweedFS, empty cache, {workers} "
+                f"workers: {statistics.median(seconds):.2f} s"
+            )
+    print()
+
+
+def first_batch(task: dict[str, Any]) -> dict[str, Any]:
+    from torch.utils.data import DataLoader
+
+    from pipeline import LatentDataset
+
+    started = time.perf_counter()
+    dataset = LatentDataset(task["root"], batch_size=BATCH_SIZE, cache_dir=task["cache"])
+    next(iter(DataLoader(dataset, batch_size=None, num_workers=task["workers"])))
+    return {"seconds": time.perf_counter() - started}
+
+
+def print_plan(arguments: argparse.Namespace, folder: Path) -> None:
+    num_shards = 100_000
+    write_commits(folder / "synthetic", num_shards)
+    found = [measured(sys.executable, what="plan", root=str(folder / "synthetic")) for _ in range(arguments.rounds)]
+    middle = {name: statistics.median(entry[name] for entry in found) for name in found[0]}
+    print(
+        f"{num_shards:,} shards of 1,000 rows in 3 buckets, one snapshot on disk: opened in {middle['open_s']:.1f} s, "
+        f"epoch planned to the first batch in {middle['plan_s']:.2f} s and to a batch in the middle in "
+        f"{middle['middle_s']:.2f} s; memory of the process at most {middle['peak_mb']:.0f} MB, of which the imports "
+        f"are {middle['imports_mb']:.0f} MB\n"
+    )
+
+
+def write_commits(root: Path, num_shards: int) -> None:
+    """A snapshot of commit records whose files do not exist."""
+    import hashlib
+
+    from commits import make_commit
+    from latents import manifest
+
+    from pipeline.commit import _snapshot_bytes, _snapshot_key, _write_segments, create_once, name_of, open_dataset
+    from pipeline.records import FileStat
+    from pipeline.storage import open_store
+
+    store = open_store(str(root))
+    open_dataset(store, manifest())
+    commits = []
+    for number in range(num_shards):
+        sha256 = hashlib.sha256(str(number).encode()).hexdigest()
+        shard_id = f"{number:05d}-{sha256[:8]}"
+        latents = FileStat(
+            key=f"data/{sha256[:2]}/{shard_id}-{sha256[:16]}.parquet",
+            num_bytes=60_000_000 + number,
+            sha256=sha256,
+            num_rows=1000,
+            content="parquet",
+            bucket_rows={"256x256x17": 600, "320x192x33": 300, "512x512x1": 100},
+        )
+        rejected = FileStat(
+            key=f"data/{sha256[:2]}/{shard_id}-{sha256[16:32]}.rejected.parquet",
+            num_bytes=3000,
+            sha256=sha256[::-1],
+            num_rows=10,
+            content="rejected",
+        )
+        commits.append(make_commit(shard_id, 1000, files=(latents, rejected)))
+    # Published as a run does it, but without 100,000 records to list and read.
+    snapshot = _write_segments(store, 1, None, {name_of(commit): commit for commit in commits})
+    create_once(store, _snapshot_key(1), _snapshot_bytes(snapshot))
+
+
+def open_and_plan(task: dict[str, Any]) -> dict[str, Any]:
+    from pipeline import LatentDataset
+
+    def peak_mb() -> float:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+    imports_mb, times = peak_mb(), [time.perf_counter()]
+    dataset = LatentDataset(task["root"], batch_size=16, world_size=8)
+    times.append(time.perf_counter())
+    for passed in (0, dataset.num_records // (16 * 8) // 2):
+        # No file is there to be read, so the order is asked for itself.
+        next(dataset._planned_batches(dataset._plan, 0, passed, 0, 0, 1))
+        times.append(time.perf_counter())
+    open_s, plan_s, middle_s = (after - before for before, after in zip(times, times[1:], strict=False))
+    return {
+        "open_s": open_s,
+        "plan_s": plan_s,
+        "middle_s": middle_s,
+        "peak_mb": peak_mb(),
+        "imports_mb": imports_mb,
+    }
+
+
+PARTS = {"rates": print_rates, "fly": print_on_the_fly, "first": print_first_batch, "plan": print_plan}
+CHILDREN = {
+    "latentmill": read_latentmill,
+    "webdataset": read_webdataset,
+    "litdata": read_litdata,
+    "write_litdata": write_litdata,
+    "encode": encode_clips,
+    "first_batch": first_batch,
+    "plan": open_and_plan,
+}
+
+if __name__ == "__main__":
+    main()
