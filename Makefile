@@ -11,10 +11,12 @@ demo: .venv/installed-run
 test: .venv/installed-test
 	.venv/bin/python -m pytest
 
+# make bench LITDATA_PYTHON=/venv/bin/python compares with LitData as well, which has a virtual environment of its own.
 bench: .venv/installed-test
 	.venv/bin/python tests/benchmarks/bench_codec.py
 	.venv/bin/python tests/benchmarks/bench_decode.py
 	.venv/bin/python tests/benchmarks/bench_layout.py
+	.venv/bin/python tests/benchmarks/bench_reader.py $(if $(LITDATA_PYTHON),--litdata-python "$(LITDATA_PYTHON)")
 
 # make ablation TEACHER=FOLDER, a frozen image VAE such as TAEF2; FLAGS="--steps 800" for more.
 ablation: .venv/installed-test

@@ -3,18 +3,21 @@
 Run as a script (`make bench` does); prints Markdown tables. LitData needs another botocore than Latentmill, so it lives
 in a virtual environment of its own: --litdata-python names its interpreter; without one its column is left out.
 
-Every reader gives the same: batches of 8 of one shape, shuffled, float32 and scaled, with caption and key, from the same
-latents: those of the real clips of the tests, encoded by the model "small" (float16; 4 of its 32 channels, as Stable
-Diffusion has them: 40 KB, so that what a sample costs beside its bytes shows), multiplied as in bench_layout. Latentmill reads its Parquet (zstd) and checks every SHA-256; WebDataset reads Latentmill's tars
-through a shuffle buffer of 1,000; LitData reads its own chunks of 64 MB, written by its own writer. From the object
-store each begins with an empty cache. Every measurement is a process of its own; the readers take turns, the median of
-the rounds counts, and rates are from the first batch to the end of an epoch. Memory is the proportional set size (PSS)
-of the process and its workers, less what it was after the imports, at its highest.
+Every reader gives the same: batches of 8 of one shape, shuffled, float32 and scaled, with caption and key, from the
+same latents: those of the real clips of the tests, encoded by the model "small" (float16; 4 of its 32 channels, as
+Stable Diffusion has them: 40 KB, so that what a sample costs beside its bytes shows), multiplied as in bench_layout.
+Latentmill reads its Parquet (zstd) with windows of 64 MiB and checks every SHA-256; WebDataset reads Latentmill's tars
+through a shuffle buffer of 1,000; LitData reads its own chunks of 64 MB, written by its own writer, and checks nothing.
+From the object store each begins with an empty cache. Every measurement is a process of its own; the readers take
+turns, the median of the rounds counts, and rates are from the first batch to the end of the first epoch. Memory comes
+from a run of its own: the proportional set size (PSS) of the process and its workers at its highest, less what it was
+after the imports.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -75,7 +78,7 @@ def measured(python: str, **task: Any) -> dict[str, Any]:
 def print_rates(arguments: argparse.Namespace, folder: Path) -> None:
     from servers import s3_client, seaweed
 
-    num_rows = write_latents(folder / "latents", arguments.shards, 256)
+    num_rows = write_latents(str(folder / "latents"), arguments.shards, 256, "both")
     pythons = {"latentmill": sys.executable, "webdataset": sys.executable}
     if arguments.litdata_python:
         pythons["litdata"] = arguments.litdata_python
@@ -86,47 +89,51 @@ def print_rates(arguments: argparse.Namespace, folder: Path) -> None:
         for name in ("latents", "lit"):
             for path in sorted((folder / name).rglob("*")) if (folder / name).exists() else []:
                 if path.is_file():
-                    client.put_object(
-                        Bucket=BUCKET, Key=str(path.relative_to(folder)), Body=path.read_bytes()
-                    )
-        print(f"{num_rows} latents (4, 5, 32, 32) float16; samples/s, and memory above the imports in MB\n")
-        print("| from | workers | " + " | ".join(pythons) + " | ratio to the faster other | memory |")
-        print("|---|---|" + "---|" * (len(pythons) + 2))
+                    client.put_object(Bucket=BUCKET, Key=str(path.relative_to(folder)), Body=path.read_bytes())
+        heads = ["from, workers", *pythons, "to the faster other", "processor, us a sample", "memory, MB"]
+        print(f"{num_rows} latents (4, 5, 32, 32) float16, samples/s:\n\n| {' | '.join(heads)} |")
+        print("|---" * len(heads) + "|")
         for where in ("disk", "SeaweedFS"):
             for workers in (0, 2):
                 root = str(folder) if where == "disk" else f"s3://{BUCKET}"
-                rates: dict[str, list[float]] = {name: [] for name in pythons}
-                memory: dict[str, list[float]] = {name: [] for name in pythons}
-                for _ in range(arguments.rounds):
+                found: dict[str, list[dict[str, Any]]] = {name: [] for name in pythons}
+                # The last round is for memory: looking at it takes time.
+                for turn in range(arguments.rounds + 1):
                     for name, python in pythons.items():
                         cache = folder / "cache"
                         shutil.rmtree(cache, ignore_errors=True)
-                        found = measured(python, what=name, root=root, workers=workers, cache=str(cache))
-                        assert found["num_samples"] == num_rows, f"{name} gave {found['num_samples']} of {num_rows}"
-                        rates[name].append(found["rate"])
-                        memory[name].append(found["memory_mb"])
-                median = {name: statistics.median(values) for name, values in rates.items()}
-                others = [rate for name, rate in median.items() if name != "latentmill"]
-                figures = " | ".join(f"{median[name]:,.0f}" for name in pythons)
-                held = ", ".join(f"{statistics.median(values):,.0f}" for values in memory.values())
-                print(f"| {where} | {workers} | {figures} | {median['latentmill'] / max(others):.2f} | {held} |", flush=True)
+                        watch = turn == arguments.rounds
+                        run = measured(python, what=name, root=root, workers=workers, cache=str(cache), watch=watch)
+                        assert run["num_samples"] == num_rows, f"{name} gave {run['num_samples']} of {num_rows}"
+                        found[name].append(run)
+                rate = {name: statistics.median(run["rate"] for run in runs[:-1]) for name, runs in found.items()}
+                cpu = {name: statistics.median(run["cpu_us"] for run in runs[:-1]) for name, runs in found.items()}
+                fastest = max(value for name, value in rate.items() if name != "latentmill")
+                columns = [
+                    f"{where}, {workers}",
+                    *(f"{value:,.0f}" for value in rate.values()),
+                    f"{rate['latentmill'] / fastest:.2f}",
+                    ", ".join(f"{value:,.0f}" for value in cpu.values()),
+                    ", ".join(f"{runs[-1]['memory_mb']:,.0f}" for runs in found.values()),
+                ]
+                print(f"| {' | '.join(columns)} |", flush=True)
         print()
 
 
-def write_latents(root: Path, num_shards: int, rows: int) -> int:
-    """An output of Latentmill with Parquet files and tars, and a snapshot; the number of its rows."""
+def write_latents(root: str, num_shards: int, rows: int, output_format: str) -> int:
+    """An output of Latentmill with a snapshot; the number of its rows."""
     from bench_layout import multiply, real_latents
     from latents import commit_records, manifest
 
     from pipeline.commit import open_dataset, publish_snapshot
     from pipeline.storage import open_store
 
-    store = open_store(str(root))
+    store = open_store(root)
     about = open_dataset(store, manifest())
     latents = multiply([latent[:4] for latent in real_latents()], num_shards * rows)
     for number in range(num_shards):
         records = [_record(f"{number:05d}{row:05d}", latents[number * rows + row]) for row in range(rows)]
-        commit_records(store, about, f"s{number:05d}", records, output_format="both")
+        commit_records(store, about, f"s{number:05d}", records, output_format=output_format)
     publish_snapshot(store)
     return num_shards * rows
 
@@ -144,11 +151,14 @@ def _record(key: str, latent: Any) -> Any:
 
 
 @contextmanager
-def peak_memory() -> Iterator[list[float]]:
+def peak_memory(is_watched: bool) -> Iterator[list[float]]:
     """PSS of this process and those below it in MB, less that at the start: its highest value so far."""
     import psutil
 
     me, peak, is_over = psutil.Process(), [0.0], threading.Event()
+    if not is_watched:
+        yield peak
+        return
 
     def pss() -> float:
         total = 0
@@ -174,7 +184,7 @@ def peak_memory() -> Iterator[list[float]]:
         thread.join()
 
 
-def rate_of(make_batches: Any) -> dict[str, Any]:
+def rate_of(make_batches: Any, is_watched: bool) -> dict[str, Any]:
     """Samples a second from the first batch to the end of an epoch, and the processor's time for each of them."""
 
     def cpu_s() -> float:
@@ -182,7 +192,7 @@ def rate_of(make_batches: Any) -> dict[str, Any]:
         return sum(entry.ru_utime + entry.ru_stime for entry in usage)
 
     cpu_before_s = cpu_s()
-    with peak_memory() as peak:
+    with peak_memory(is_watched) as peak:
         num_samples = num_timed = 0
         started = None
         for batch in make_batches():
@@ -191,7 +201,7 @@ def rate_of(make_batches: Any) -> dict[str, Any]:
             else:
                 num_timed += len(batch["key"])
             num_samples += len(batch["key"])
-            assert batch["latents"].dtype.is_floating_point and batch["latents"].element_size() == 4
+            assert str(batch["latents"].dtype) == "torch.float32"
         assert started is not None
         seconds = time.perf_counter() - started
     return {
@@ -208,10 +218,12 @@ def read_latentmill(task: dict[str, Any]) -> dict[str, Any]:
     from pipeline import LatentDataset
 
     def batches() -> Any:
-        dataset = LatentDataset(f"{task['root']}/latents", batch_size=BATCH_SIZE, cache_dir=task["cache"])
+        dataset = LatentDataset(
+            f"{task['root']}/latents", batch_size=BATCH_SIZE, cache_dir=task["cache"], window_bytes=64 << 20
+        )
         return DataLoader(dataset, batch_size=None, num_workers=task["workers"])
 
-    return rate_of(batches)
+    return rate_of(batches, task["watch"])
 
 
 def read_webdataset(task: dict[str, Any]) -> dict[str, Any]:
@@ -232,7 +244,7 @@ def read_webdataset(task: dict[str, Any]) -> dict[str, Any]:
         )
         return wds.WebLoader(dataset, batch_size=None, num_workers=task["workers"])
 
-    return rate_of(batches)
+    return rate_of(batches, task["watch"])
 
 
 def _presigned(url: str) -> str:
@@ -257,7 +269,7 @@ def read_litdata(task: dict[str, Any]) -> dict[str, Any]:
             dataset, batch_size=BATCH_SIZE, num_workers=task["workers"], collate_fn=_collated, drop_last=False
         )
 
-    return rate_of(batches)
+    return rate_of(batches, task["watch"])
 
 
 def write_litdata(task: dict[str, Any]) -> dict[str, Any]:
@@ -295,11 +307,11 @@ def _collated(samples: Sequence[tuple[str, Any, str]]) -> dict[str, Any]:
 
 def print_on_the_fly(arguments: argparse.Namespace, folder: Path) -> None:
     if not (folder / "latents").exists():
-        write_latents(folder / "latents", arguments.shards, 256)
+        write_latents(str(folder / "latents"), arguments.shards, 256, "parquet")
     read, encoded = [], []
     for _ in range(arguments.rounds):
-        found = measured(sys.executable, what="latentmill", root=str(folder), workers=0, cache=str(folder / "cache"))
-        read.append(found["rate"])
+        task = {"root": str(folder), "workers": 0, "cache": str(folder / "cache"), "watch": False}
+        read.append(measured(sys.executable, what="latentmill", **task)["rate"])
         encoded.append(measured(sys.executable, what="encode")["rate"])
     factor = statistics.median(read) / statistics.median(encoded)
     print(
@@ -321,16 +333,12 @@ def encode_clips(task: dict[str, Any]) -> dict[str, Any]:
 
 
 def print_first_batch(arguments: argparse.Namespace, folder: Path) -> None:
-    from servers import s3_client, seaweed
+    from servers import seaweed
 
-    num_shards, rows = 1000, 64
-    write_latents(folder / "many", num_shards, rows)
+    num_shards, rows = 1000, 16
     with seaweed([BUCKET]) as (_, env):
         os.environ.update(env)
-        client = s3_client(env)
-        for path in sorted((folder / "many").rglob("*")):
-            if path.is_file() and path.suffix != ".tar":
-                client.put_object(Bucket=BUCKET, Key=str(path.relative_to(folder)), Body=path.read_bytes())
+        write_latents(f"s3://{BUCKET}/many", num_shards, rows, "parquet")
         for workers in (0, 2):
             seconds = []
             for _ in range(arguments.rounds):
@@ -338,7 +346,7 @@ def print_first_batch(arguments: argparse.Namespace, folder: Path) -> None:
                 task = {"root": f"s3://{BUCKET}/many", "workers": workers, "cache": str(folder / "cache")}
                 seconds.append(measured(sys.executable, what="first_batch", **task)["seconds"])
             print(
-                f"First batch from {num_shards} shards of {rows} rows (2.4 MB) on SeaweedFS, empty cache, {workers} "
+                f"First batch from {num_shards} shards of {rows} rows (0.6 MB) on SeaweedFS, empty cache, {workers} "
                 f"workers: {statistics.median(seconds):.2f} s"
             )
     print()
@@ -419,7 +427,7 @@ def open_and_plan(task: dict[str, Any]) -> dict[str, Any]:
         # No file is there to be read, so the order is asked for itself.
         next(dataset._planned_batches(dataset._plan, 0, passed, 0, 0, 1))
         times.append(time.perf_counter())
-    open_s, plan_s, middle_s = (after - before for before, after in zip(times, times[1:], strict=False))
+    open_s, plan_s, middle_s = (after - before for before, after in itertools.pairwise(times))
     return {
         "open_s": open_s,
         "plan_s": plan_s,
