@@ -212,8 +212,9 @@ class _Background:
         return self
 
     def __exit__(self, *error: object) -> None:
+        # Waits for what is being fetched: a process that is forked beside running threads may inherit their locks.
         for pool in (self._fetchers, self._decoders):
-            pool.shutdown(wait=False, cancel_futures=True)
+            pool.shutdown(wait=True, cancel_futures=True)
 
     def begin_file(self, file: int) -> bool:
         """Has a file opened; False where that is so already."""

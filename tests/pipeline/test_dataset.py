@@ -432,6 +432,22 @@ def test_files_of_a_remote_store_are_kept_and_not_fetched_twice(s3_env: SeaweedF
     assert order(LatentDataset(root, batch_size=4, cache_dir=tmp_path)) == expected
 
 
+def test_files_of_later_batches_are_on_their_way_but_no_more_than_a_window(s3_env: SeaweedFS, tmp_path: Path) -> None:
+    root, _ = s3_output([[record(f"k{s}-{i}") for i in range(6)] for s in range(24)], s3_env)
+    sizes = [file.num_bytes for commit in load_commits(open_store(root)) for file in commit.files]
+    window_bytes = 8 * max(sizes)
+    batches = iter(LatentDataset(root, batch_size=2, cache_dir=tmp_path, window_bytes=window_bytes))
+    next(batches)
+    # What the first batch did not need itself arrives while nobody asks for it.
+    deadline = time.monotonic() + 60
+    while len(list(tmp_path.glob("*.parquet"))) < 6:
+        assert time.monotonic() < deadline, sorted(path.name for path in tmp_path.iterdir())
+        time.sleep(0.02)
+    batches.close()  # type: ignore[attr-defined]
+    kept = sum(path.stat().st_size for path in tmp_path.glob("*.parquet"))
+    assert kept <= window_bytes + 3 * max(sizes)
+
+
 def test_a_damaged_file_in_the_cache_is_fetched_again(s3_env: SeaweedFS, tmp_path: Path) -> None:
     root, _ = s3_output(SHARDS[:2], s3_env)
     expected = order(LatentDataset(root, cache_dir=tmp_path))
