@@ -2,7 +2,9 @@
 
     latentmill inspect URI                 what it holds: model, shapes, counts, rejections, snapshots
     latentmill urls URI                    the committed data files, one a line, for readers without Latentmill
+    latentmill report URI -o FILE.html     one page: what was asked, what came out, how good it is, and clips that play
     latentmill preview URI -o FILE.png     latents drawn as pictures, and decoded where the model is at hand
+    latentmill preview URI KEY -o FILE     the clip of one video, .mp4 or .gif
     latentmill export URI --to F -o TARGET the samples in the form of another project, without encoding again
     latentmill verify URI                  whether all that was committed is there, whole and true
     latentmill gc URI                      files that can never count, and why; --delete removes them
@@ -31,6 +33,7 @@ from pipeline.storage import ObjectStore, open_store
 
 if TYPE_CHECKING:
     from pipeline.audit import Audit
+    from pipeline.codec import LatentDecoder
     from pipeline.columns import ColumnsManifest
 
 
@@ -70,10 +73,28 @@ def _parser() -> argparse.ArgumentParser:
     )
     urls.set_defaults(command=_urls)
 
-    preview = commands.add_parser("preview", help="latents as pictures")
+    report = commands.add_parser(
+        "report",
+        help="one page about an output, for people",
+        description="Writes one self-contained page of HTML: accounts, rejections, shapes, throughput, latents, and a "
+        "sample of clips beside their originals. Accounts are exact; the rest is of a seeded sample, and says so.",
+    )
+    report.add_argument("uri", help="local folder or s3://bucket/prefix")
+    report.add_argument("-o", "--output", type=Path, required=True, help="the .html to write")
+    report.add_argument("--json", action="store_true", help="also print the figures as one JSON object")
+    report.add_argument("--examples", type=int, default=24, help="clips to show and measure (24)")
+    report.add_argument("--seed", type=int, default=0, help="of the sample (0)")
+    report.add_argument("--model", help="the VAE to decode with; default: the dataset's own; none: latents only")
+    report.add_argument("--subfolder", help="folder inside the model")
+    report.add_argument("--no-originals", action="store_true", help="do not read the sources again")
+    report.set_defaults(command=_report)
+
+    preview = commands.add_parser("preview", help="latents as pictures, or one clip that plays")
     preview.add_argument("uri", help="local folder or s3://bucket/prefix")
-    preview.add_argument("-o", "--output", type=Path, required=True, help="the .png to write")
+    preview.add_argument("key", nargs="?", help="key of one video; default: a grid of the first clips")
+    preview.add_argument("-o", "--output", type=Path, required=True, help="the .png to write; with KEY .mp4 or .gif")
     preview.add_argument("--num-clips", type=int, default=8, help="clips to draw (8)")
+    preview.add_argument("--clip", type=int, default=0, help="with KEY: the number of the clip (0)")
     preview.add_argument("--model", help="the VAE to decode with; default: the dataset's own; none: latents only")
     preview.add_argument("--subfolder", help="folder inside the model")
     preview.set_defaults(command=_preview)
@@ -205,9 +226,7 @@ def _verify(arguments: argparse.Namespace) -> int:
         ordered = []
         if arguments.requeue:
             ordered = [record for record, why in sorted(found.repairable.items()) if order_repair(store, record, why)]
-        exit_codes.append(
-            EXIT_DAMAGED if found.damage else EXIT_UNDONE if found.is_unfinished or ordered else EXIT_OK
-        )
+        exit_codes.append(EXIT_DAMAGED if found.damage else EXIT_UNDONE if found.is_unfinished or ordered else EXIT_OK)
         documents[name] = asdict(found) | {"ordered_repairs": ordered}
         if arguments.json:
             continue
@@ -282,9 +301,16 @@ def _gc(arguments: argparse.Namespace) -> None:
 
 
 def _urls(arguments: argparse.Namespace) -> None:
+    from pipeline.columns import base_of, columns_manifest_of
     from pipeline.dataset import data_urls
 
-    for url in data_urls(arguments.uri, arguments.format):
+    store = open_store(arguments.uri)
+    if base_of(store) is not None:
+        columns_manifest_of(store)
+        urls = [store.url(file.key) for commit in load_commits(store) for file in commit.files]
+    else:
+        urls = data_urls(arguments.uri, arguments.format)
+    for url in urls:
         _say(url)
 
 
@@ -315,26 +341,54 @@ def _export(arguments: argparse.Namespace) -> int:
     return EXIT_OK
 
 
-def _preview(arguments: argparse.Namespace) -> None:
-    import torch
+def _report(arguments: argparse.Namespace) -> None:
+    from pipeline.report import report
+    from pipeline.report_page import page
 
-    from pipeline.codec import LatentDecoder
-    from pipeline.config import parse_arguments
+    if arguments.seed < 0:
+        raise UsageError(f"--seed {arguments.seed} is negative")
+    _refuse_folder_that_is_not_there(arguments.output)
+
+    def say(line: str) -> None:
+        if time.monotonic() - said_at[0] > _SHOW_EVERY_S / 5:
+            said_at[0] = time.monotonic()
+            print(printable(line), file=sys.stderr)
+
+    said_at = [time.monotonic()]
+    found = report(
+        arguments.uri,
+        num_examples=arguments.examples,
+        seed=arguments.seed,
+        model=arguments.model,
+        subfolder=arguments.subfolder,
+        with_originals=not arguments.no_originals,
+        say=say,
+    )
+    text = page(found.document, [(example.picture, example.still) for example in found.examples])
+    arguments.output.write_text(text, encoding="utf-8")
+    for note in found.document["notes"]:
+        print(f"note: {printable(note)}", file=sys.stderr)
+    if arguments.json:
+        print(json.dumps(found.document, indent=1))
+    else:
+        _say(str(arguments.output))
+
+
+def _refuse_folder_that_is_not_there(path: Path) -> None:
+    if not path.parent.is_dir():
+        raise UsageError(f"{path} cannot be written: there is no folder {path.parent}")
+
+
+def _preview(arguments: argparse.Namespace) -> None:
     from pipeline.dataset import LatentDataset
     from pipeline.pictures import Row, grid, latent_to_frames, spread
 
     _store, manifest = _open(arguments.uri)
     facts = manifest.model
-    decoder = None
-    if arguments.model != "none":
-        flags = ["--input", "-", "--output", arguments.uri, "--model", arguments.model or facts.model]
-        flags += ["--subfolder", arguments.subfolder] if arguments.subfolder else []
-        decoder = LatentDecoder(parse_arguments(flags).encoding, torch.device("cpu"))
-        if decoder.facts.weights_sha256 != facts.weights_sha256:
-            raise UsageError(
-                f"--model {decoder.facts.model} has the weights {decoder.facts.weights_sha256[:16]}, the latents come "
-                f"from {facts.weights_sha256[:16]}: give the folder of that model, or --model none"
-            )
+    if arguments.key is not None:
+        _preview_clip(arguments, manifest)
+        return
+    decoder = _decoder_of(arguments, manifest)
     rows = []
     for batch in LatentDataset(arguments.uri, batch_size=1, shuffle_seed=None):
         latent = batch["latents"][0].numpy() / facts.scaling_factor + facts.shift_factor
@@ -349,6 +403,65 @@ def _preview(arguments: argparse.Namespace) -> None:
     note = "" if facts.is_trained else " - THE MODEL IS UNTRAINED"
     grid(f"{arguments.uri}: {what}{note}", rows).save(arguments.output, format="PNG")
     _say(str(arguments.output))
+
+
+def _decoder_of(arguments: argparse.Namespace, manifest: DatasetManifest) -> LatentDecoder | None:
+    """The VAE that made the latents, or None where none was asked for.
+
+    Raises:
+        UsageError: it is not at hand, or is another one.
+    """
+    import torch
+
+    from pipeline.codec import LatentDecoder
+    from pipeline.config import parse_arguments
+
+    if arguments.model == "none":
+        return None
+    facts = manifest.model
+    flags = ["--input", "-", "--output", arguments.uri, "--model", arguments.model or facts.model]
+    flags += ["--subfolder", arguments.subfolder] if arguments.subfolder else []
+    decoder = LatentDecoder(parse_arguments(flags).encoding, torch.device("cpu"))
+    if decoder.facts.weights_sha256 != facts.weights_sha256:
+        raise UsageError(
+            f"--model {decoder.facts.model} has the weights {decoder.facts.weights_sha256[:16]}, the latents come "
+            f"from {facts.weights_sha256[:16]}: give the folder of that model, or --model none"
+        )
+    return decoder
+
+
+def _preview_clip(arguments: argparse.Namespace, manifest: DatasetManifest) -> None:
+    """One clip as it plays: decoded, or its latent where the model is not at hand, which is said."""
+    from pipeline.dataset import LatentDataset
+    from pipeline.movies import write_mp4
+    from pipeline.pictures import held_latent, latent_to_frames, write_animation
+
+    kind = arguments.output.suffix.lower()
+    if kind not in (".mp4", ".gif"):
+        raise UsageError(f"-o {arguments.output}: a clip is written as .mp4 or .gif")
+    _refuse_folder_that_is_not_there(arguments.output)
+    wanted = [("key", "=", arguments.key), ("clip_index", "=", arguments.clip)]
+    dataset = LatentDataset(arguments.uri, batch_size=1, shuffle_seed=None, scaled=False, filter=wanted)
+    batch = next(iter(dataset))
+    latent = batch["latents"][0].numpy()
+    try:
+        decoder = _decoder_of(arguments, manifest)
+    except UsageError as error:
+        if arguments.model is not None:
+            raise
+        print(
+            f"note: the model is not at hand, so the latent itself is shown: {printable(str(error))}", file=sys.stderr
+        )
+        decoder = None
+    num_frames = int(batch["bucket"].rpartition("x")[2])
+    frames = held_latent(latent_to_frames(latent), num_frames) if decoder is None else decoder.decode(latent)
+    fps = batch["fps"][0] or 1.0
+    if kind == ".mp4":
+        write_mp4(arguments.output, frames, fps)
+    else:
+        write_animation(arguments.output, frames, fps)
+    what = "its latent, channels 0-2" if decoder is None else "decoded"
+    _say(f"{arguments.output}: {what}, {num_frames} frames at {fps:g} a second")
 
 
 if __name__ == "__main__":

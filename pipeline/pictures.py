@@ -1,10 +1,11 @@
-"""Pictures of latents and clips: strips, a grid as PNG, an animation as GIF.
+"""Pictures of latents and clips: strips, a grid as PNG, an animation as GIF or WebP.
 
-Not a decoder: it draws what it is given. The command `latentmill preview` and the demo draw with it.
+Not a decoder: it draws what it is given. The commands `latentmill preview` and `report` and the demo draw with it.
 """
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,8 @@ Frames = npt.NDArray[np.uint8]
 _GAP_PX = 4
 _TEXT_PX = 14
 _BACKGROUND = (250, 250, 250)
+_WEBP_QUALITIES = (72, 50, 30)
+_STILL_QUALITY = 60
 
 
 def latent_to_frames(latent: npt.NDArray[np.floating], scale: int = 8) -> Frames:
@@ -30,6 +33,12 @@ def latent_to_frames(latent: npt.NDArray[np.floating], scale: int = 8) -> Frames
     unit = ((values - low) / np.maximum(high - low, 1e-6)).clip(0, 1)
     pixels: Frames = (unit * 255).round().astype(np.uint8).transpose(1, 2, 3, 0)
     return pixels.repeat(scale, axis=1).repeat(scale, axis=2)
+
+
+def held_latent(frames: Frames, num_frames: int) -> Frames:
+    """A frame for each of a clip's: a latent's stands for the group that ends with its key frame."""
+    step = max(1, (num_frames - 1) // max(1, len(frames) - 1))
+    return frames[[min(len(frames) - 1, -(-frame // step)) for frame in range(num_frames)]]
 
 
 def spread(num_frames: int, num_shown: int) -> list[int]:
@@ -85,3 +94,74 @@ def write_gif(path: Path, title: str, clips: Sequence[Sequence[Frames]], fps: fl
         for t in range(num_frames)
     ]
     images[0].save(path, save_all=True, append_images=images[1:], duration=round(1000 / fps), loop=0)
+
+
+def write_animation(path: Path, frames: Frames, fps: float) -> None:
+    """One clip `(T, h, w, 3)` at its own size as an endless GIF."""
+    images = [Image.fromarray(frame) for frame in frames]
+    images[0].save(path, "GIF", save_all=True, append_images=images[1:], duration=round(1000 / fps), loop=0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WebP:
+    """A picture, animated or not, as the bytes of a file."""
+
+    data: bytes
+    width_px: int
+    height_px: int
+
+
+def side_by_side(
+    clips: Sequence[Frames], fps: float, *, panel_px: int, max_frames: int, max_bytes: int
+) -> tuple[WebP, WebP]:
+    """Clips `(T, h, w, 3)` that play in step in one picture, endlessly, and the first frame of it by itself.
+
+    Args:
+        clips: of one length; of any sizes with one aspect ratio.
+        fps: of the clips, so that they take their true time.
+        panel_px: the longer side of each; nothing is enlarged beyond it.
+        max_frames: of the picture; of longer clips every n-th frame is shown.
+        max_bytes: quality goes down until the animation fits, then frames are left out.
+    """
+    num_frames = len(clips[0])
+    step = max(1, -(-num_frames // max_frames))
+    shown = [_beside([clip[index] for clip in clips], panel_px) for index in range(0, num_frames, step)]
+    still = _webp(shown[:1], 0, _STILL_QUALITY)
+    if len(shown) == 1:
+        return _webp(shown, 0, _WEBP_QUALITIES[0]), still
+    while True:
+        for quality in _WEBP_QUALITIES:
+            picture = _webp(shown, round(1000 * step / fps), quality)
+            if len(picture.data) <= max_bytes or len(shown) < 4:
+                return picture, still
+        shown, step = shown[::2], 2 * step
+
+
+def _beside(pictures: Sequence[Frames], panel_px: int) -> Image.Image:
+    height_px, width_px = pictures[0].shape[:2]
+    scale = panel_px / max(height_px, width_px)
+    size = max(1, round(width_px * scale)), max(1, round(height_px * scale))
+    canvas = Image.new("RGB", ((size[0] + _GAP_PX) * len(pictures) - _GAP_PX, size[1]), (128, 128, 128))
+    for place, picture in enumerate(pictures):
+        # Latents and small clips stay sharp when they grow.
+        how = Image.Resampling.NEAREST if picture.shape[0] < size[1] else Image.Resampling.LANCZOS
+        canvas.paste(Image.fromarray(picture).resize(size, how), (place * (size[0] + _GAP_PX), 0))
+    return canvas
+
+
+def _webp(images: Sequence[Image.Image], duration_ms: int, quality: int) -> WebP:
+    buffer = io.BytesIO()
+    if len(images) == 1:
+        images[0].save(buffer, "WEBP", quality=quality, method=4)
+    else:
+        images[0].save(
+            buffer,
+            "WEBP",
+            save_all=True,
+            append_images=images[1:],
+            duration=duration_ms,
+            loop=0,
+            quality=quality,
+            method=2,
+        )
+    return WebP(data=buffer.getvalue(), width_px=images[0].width, height_px=images[0].height)
