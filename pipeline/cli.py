@@ -20,11 +20,11 @@ import argparse
 import json
 import sys
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pipeline.commit import decided_shards, latest_snapshot, load_commits, manifest_of_output
 from pipeline.errors import DamagedObjectError, LatentmillError, StorageError, UsageError, printable
@@ -161,19 +161,54 @@ def _inspect(arguments: argparse.Namespace) -> None:
     if arguments.json:
         print(json.dumps(found, indent=1))
         return
-    for name, value in found.items():
-        if isinstance(value, Mapping):
-            _say(f"{name}:")
-            for key, entry in value.items():
-                _say(f"    {key:<24} {_text(entry)}")
-        else:
-            _say(f"{name:<28} {_text(value)}")
+    _print_description(found)
+
+
+def _print_description(found: Mapping[str, Any]) -> None:
+    """Tables for people: facts first, then one table for each mapping, numbers to the right."""
+    facts = {name: value for name, value in found.items() if not isinstance(value, Mapping)}
+    tables = {"": facts} | {name: value for name, value in found.items() if isinstance(value, Mapping)}
+    for title, entries in tables.items():
+        if not entries:
+            continue
+        if title:
+            _say("")
+            _say(title.replace("_", " ").upper())
+        width = max(len(printable(str(name))) for name in entries)
+        numbers = [value for value in entries.values() if _is_number(value)]
+        room = max((len(_text(value)) for value in numbers), default=0)
+        for name, value in entries.items():
+            text = _text(value)
+            size = f"  {_size(value)}" if "bytes" in str(name) and isinstance(value, int) else ""
+            # Numbers of a table stand under each other; texts begin where they begin.
+            _say(
+                f"  {printable(str(name)):<{width}}  {text.rjust(room) if _is_number(value) and title else text}{size}"
+            )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _size(num_bytes: float) -> str:
+    """ "2.97 MB" of 2970692."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if num_bytes < 1000:
+            return f"({num_bytes:.3g} {unit})"
+        num_bytes /= 1000
+    return f"({num_bytes:,.0f} PB)"
 
 
 def _text(value: object) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {entry}" for name, entry in value.items())
     if isinstance(value, list):
-        return ";".join(str(entry) for entry in value)
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+        return ", ".join(str(entry) for entry in value)
+    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def _description(store: ObjectStore, manifest: DatasetManifest | ColumnsManifest) -> dict[str, object]:
@@ -181,10 +216,13 @@ def _description(store: ObjectStore, manifest: DatasetManifest | ColumnsManifest
     shards = decided_shards(load_commits(store))
     counts = sum_counts(shard.counts for shard in shards)
     files: Counter[str] = Counter()
+    rows: dict[str, Counter[str]] = defaultdict(Counter)
     for shard in shards:
         for file in (file for commit in shard.commits for file in commit.files):
             files[f"{file.content} files"] += 1
             files[f"{file.content} bytes"] += file.num_bytes
+            rows[file.content].update(file.bucket_rows)
+    buckets = next((rows[content] for content in ("parquet", "webdataset") if rows[content]), Counter())
     snapshot = latest_snapshot(store)
     found: dict[str, object] = {
         "output": store.root_uri,
@@ -193,6 +231,7 @@ def _description(store: ObjectStore, manifest: DatasetManifest | ColumnsManifest
         "fingerprint": manifest.fingerprint,
         "counts": {name: getattr(counts, name) for name in COUNTED},
         "rejections": dict(Counter(counts.reasons).most_common()),
+        "buckets": dict(buckets.most_common()),
         "files": dict(sorted(files.items())),
         "configuration": dict(manifest.fingerprint_fields),
     }

@@ -681,6 +681,10 @@ def _quality(examples: Sequence[Example], decoder: LatentDecoder | None) -> dict
     }
 
 
+def _is_longer(bucket: str, image_bucket: str) -> bool:
+    return bucket != image_bucket and bucket.rpartition("x")[0] == image_bucket.rpartition("x")[0]
+
+
 def _warnings(document: Mapping[str, Any]) -> list[str]:
     """What a person should look at first; empty where nothing stands out."""
     accounts, sample, found = document["accounts"], document["sample"], []
@@ -695,7 +699,10 @@ def _warnings(document: Mapping[str, Any]) -> list[str]:
     if accounts["num_videos"] and accounts["num_videos_rejected"] > _REJECTED_SHARE * accounts["num_videos"]:
         share = accounts["num_videos_rejected"] / accounts["num_videos"]
         found.append(f"{share:.0%} of the videos were rejected; see the reasons.")
-    empty = [name for name, number in document["buckets"]["rows"].items() if not number]
+    rows = document["buckets"]["rows"]
+    # A bucket for images comes along with every bucket for videos, whether or not it was meant.
+    meant = [name for name in rows if not name.endswith("x1") or not any(_is_longer(other, name) for other in rows)]
+    empty = [name for name in meant if not rows[name]]
     if empty and accounts["num_records"]:
         found.append(f"Nothing fell into the bucket{'s' if len(empty) > 1 else ''} {', '.join(empty)}.")
     if sample["num_nonfinite"]:

@@ -17,6 +17,7 @@ from typing import Any
 
 Pictures = Sequence[tuple[bytes, bytes]]  # WebP of each example and of its first frame
 
+_FIRST = 12
 _LONG_CAPTION = 180
 _DIRECTIONS = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 _UNITS = ("B", "KB", "MB", "GB", "TB", "PB")
@@ -77,11 +78,11 @@ section > :last-child { margin-bottom: 0; }
 .tile span { color: var(--faint); font-size: .875rem; }
 .warn { background: var(--warn); border-color: var(--warn-rule); border-left-width: .375rem; }
 ul { margin: 0; padding-left: 1.25rem; }
-dl { display: grid; gap: .25rem 1rem; grid-template-columns: minmax(8rem, max-content) minmax(0, 1fr); margin: 0; }
+dl { display: grid; gap: .25rem 1rem; grid-template-columns: minmax(6.5rem, 11rem) minmax(0, 1fr); margin: 0 0 .75rem; }
 dt { color: var(--faint); }
 dd { margin: 0; }
 .bars { align-items: center; display: grid; font-size: .9375rem; gap: .35rem .75rem;
-  grid-template-columns: minmax(5rem, max-content) minmax(3rem, 1fr) max-content; margin-bottom: .75rem; }
+  grid-template-columns: minmax(6.5rem, max-content) minmax(3rem, 1fr) minmax(4rem, max-content); margin-bottom: .75rem; }
 .bars > span { max-width: 12rem; }
 .bars .value { font-variant-numeric: tabular-nums; text-align: right; }
 .track { background: var(--track); border-radius: .25rem; display: flex; height: 1.1rem; overflow: hidden;
@@ -91,7 +92,7 @@ dd { margin: 0; }
 .columns { align-items: flex-end; border-bottom: 1px solid var(--faint); display: flex; gap: 1px; height: 9rem; }
 .columns > i { background: var(--main); border-radius: 2px 2px 0 0; flex: 1 1 0; min-width: 0; }
 .ends { color: var(--faint); display: flex; flex-wrap: wrap; font-size: .8125rem; justify-content: space-between; }
-.channels { column-gap: 2rem; columns: 20rem auto; }
+.channels { column-gap: 2rem; columns: 20rem auto; margin-bottom: .75rem; }
 .channel { align-items: center; break-inside: avoid; display: grid; font-size: .8125rem; gap: .5rem;
   font-variant-numeric: tabular-nums; grid-template-columns: 1.6rem minmax(3rem, 1fr) 8.5rem; padding: .1rem 0; }
 .channel .track { height: .8rem; }
@@ -110,8 +111,10 @@ th { color: var(--faint); font-weight: 500; }
 .example picture { background: var(--track); display: flex; justify-content: center; }
 .example img { display: block; height: auto; max-width: 100%; }
 .example figcaption { padding: .6rem .75rem .75rem; }
-.panels { display: flex; justify-content: space-around; text-align: center; padding: .2rem .5rem 0; font-size: .8125rem;
-  color: var(--faint); }
+.panels { color: var(--faint); display: flex; font-size: .8125rem; line-height: 1.3; margin: 0 auto; padding-top: .3rem;
+  text-align: center; width: 100%; }
+.panels span { flex: 1 1 0; min-width: 0; }
+.more { margin-top: 1rem; } .more > summary { margin-bottom: 1rem; }
 .caption { color: var(--ink); display: block; font-size: .9375rem; unicode-bidi: isolate; }
 details > summary { cursor: pointer; }
 details.reason { border-top: 1px solid var(--rule); padding: .5rem 0; }
@@ -120,7 +123,7 @@ pre { background: var(--ground); border-radius: .5rem; font-size: .8125rem; over
   white-space: pre-wrap; }
 footer { margin-top: 1.5rem; }
 @media (max-width: 30rem) { body { padding: 1rem .6rem 2rem; } section { padding: 1rem .8rem; }
-  dl { grid-template-columns: minmax(0, 1fr); gap: 0; } dd { margin-bottom: .5rem; }
+  dl { grid-template-columns: 7rem minmax(0, 1fr); gap: .25rem .75rem; }
   .channel { grid-template-columns: 1.4rem minmax(3rem, 1fr) 7.5rem; } }
 @media print { body { background: #fff; } section, .example { break-inside: avoid; } }
 """
@@ -131,11 +134,11 @@ def page(document: Mapping[str, Any], pictures: Pictures) -> str:
     assert len(pictures) == len(document["examples"]), (
         f"{len(pictures)} pictures of {len(document['examples'])} examples"
     )
-    title = f"Latents in {_name(document['output'])}"
+    title = _name(document["output"])
     parts = [
         "<header>",
         f"<h1>{_text(title)}</h1>",
-        f'<p class="faint">{_text(document["output"])}, {_snapshot(document)}</p>',
+        f'<p class="faint">Latents in {_text(document["output"])}, {_snapshot(document)}</p>',
         "</header>",
         _tiles(document),
         _warnings(document),
@@ -174,7 +177,8 @@ def _words(value: str) -> str:
 
 
 def _name(uri: str) -> str:
-    return uri.rstrip("/").rpartition("/")[2] or uri
+    """The last two parts of an address: the last one alone is often just "latents"."""
+    return "/".join(part for part in uri.partition("://")[2 if "://" in uri else 0].split("/")[-2:] if part) or uri
 
 
 def _snapshot(document: Mapping[str, Any]) -> str:
@@ -243,10 +247,13 @@ def _gallery(document: Mapping[str, Any], pictures: Pictures) -> str:
     what = "Originals, decoded again from their source, beside what the latents decode to." if has_both else ""
     drawn = document["sample"]
     lot = f"{len(examples)} clips by lot (seed {drawn['seed']}) from every bucket of {drawn['num_files']} files."
-    figures = "".join(_example(example, *both) for example, both in zip(examples, pictures, strict=True))
+    # By lot which clips are seen first; pictures of one shape stand together.
+    figures = [(one["bucket"], _example(one, *both)) for one, both in zip(examples, pictures, strict=True)]
+    first, rest = ("".join(text for _, text in sorted(some)) for some in (figures[:_FIRST], figures[_FIRST:]))
+    more = f'<details class="more"><summary>{len(figures) - _FIRST} more clips</summary><div class="gallery">{rest}</div></details>'
     return (
         f'<section><h2>What the latents show</h2><p class="faint">{_text(f"{what} {lot}".strip())}</p>'
-        f'<div class="gallery">{figures}</div></section>'
+        f'<div class="gallery">{first}</div>{more if rest else ""}</section>'
     )
 
 
@@ -255,7 +262,7 @@ def _example(example: Mapping[str, Any], picture: bytes, still: bytes) -> str:
     where = f"{example['key']}, clip {example['clip_index']}"
     facts = [example["bucket"]]
     if example["fps"]:
-        facts.append(f"from {example['start_s']:.2f} s to {example['end_s']:.2f} s")
+        facts.append(f"{example['start_s']:.2f}\u2013{example['end_s']:.2f} s")
     if example["psnr_db"] is not None:
         facts.insert(0, f"PSNR {example['psnr_db']:.1f} dB")
     if example["why_no_original"]:
@@ -264,7 +271,7 @@ def _example(example: Mapping[str, Any], picture: bytes, still: bytes) -> str:
     return (
         f'<figure class="example"><picture><source media="(prefers-reduced-motion: reduce)" srcset="{_uri(still)}">'
         f'<img alt="{_text(alt)}" src="{_uri(picture)}" width="{example["width_px"]}" height="{example["height_px"]}" '
-        f'decoding="async"></picture><div class="panels">{panels}</div>'
+        f'decoding="async"></picture><div class="panels" style="max-width:{example["width_px"]}px">{panels}</div>'
         f'<figcaption>{_caption(example["caption"])}<div title="{_text(example["source_uri"])}">{_text(where)}</div>'
         f"<div>{_text(' · '.join(facts))}</div></figcaption></figure>"
     )
@@ -488,12 +495,12 @@ def _time(document: Mapping[str, Any]) -> str:
 
 
 def _rate(clips_per_s: float | None) -> str:
-    return "" if clips_per_s is None else f"{clips_per_s:,.2f}"
+    return "\u2013" if clips_per_s is None else f"{clips_per_s:,.2f}"
 
 
 def _throughput(found: Mapping[str, Any] | None) -> str:
     if found is None:
-        return ""
+        return '<p class="faint">Too few shards were done at different seconds for a course.</p>'
     most = max(max(found["num_clips"]), 1)
     span = _span(found["span_s"])
     columns = "".join(
