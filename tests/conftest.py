@@ -18,6 +18,15 @@ import pipeline.s3
 from pipeline.storage import ObjectStore, open_store
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Shares tests among processes (`make test` has two): whole files, and all runs on Ray one after the other."""
+    if config.pluginmanager.hasplugin("xdist"):
+        for item in items:
+            is_on_ray = "ray_home" in getattr(item, "fixturenames", ())
+            item.add_marker(pytest.mark.xdist_group("ray" if is_on_ray else str(item.path)))
+
+
 @dataclass(frozen=True)
 class SeaweedFS:
     """A running store; `env` is what a process needs to reach it, `root()` a place in it that nobody else uses."""
