@@ -19,7 +19,6 @@ from __future__ import annotations
 import json
 import signal
 import sys
-import tempfile
 import threading
 import time
 import traceback
@@ -59,6 +58,7 @@ from pipeline.errors import (
 )
 from pipeline.progress import Progress
 from pipeline.records import FileStat
+from pipeline.scratch import Scratch
 from pipeline.storage import ObjectStore, open_store
 
 EXIT_OK, EXIT_USAGE, EXIT_MISMATCH, EXIT_UNDONE, EXIT_INTERRUPTED = 0, 2, 3, 4, 130
@@ -237,8 +237,8 @@ def _cover(encoders: ConditionEncoders, output: ObjectStore, task: _Task, summar
     assert encoders.text is not None, "this job has a text encoder"
     captions = stored_captions_of(output, task.base, encoders.text_columns)
     conditions = encoders.shard(task.shard_id)
-    with tempfile.TemporaryDirectory(prefix="latentmill-text-") as folder:
-        conditions.write_texts(Path(folder), captions)
+    with Scratch("text") as folder:
+        conditions.write_texts(folder, captions)
         is_ours = conditions.commit([task.base])
     summary.num_texts += len(captions)
     summary.num_texts_truncated += conditions.num_truncated

@@ -39,7 +39,6 @@ import os
 import platform
 import signal
 import sys
-import tempfile
 import threading
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
@@ -72,6 +71,7 @@ from pipeline.decode import DecodePool
 from pipeline.errors import LatentmillError, StorageError, UsageError
 from pipeline.plan import plan_shards
 from pipeline.records import Clip, ClipFailure
+from pipeline.scratch import Scratch
 from pipeline.source import iterate_videos
 from pipeline.storage import open_store
 
@@ -220,8 +220,8 @@ def _clips(
     """The clips of the input in its order, as the encode job would encode them."""
     limits = DecodeLimits()
     # The encode job writes its plan into its output; here nothing is kept of it.
-    with tempfile.TemporaryDirectory(prefix="latentmill-evaluation-") as folder:
-        store = open_store(folder)
+    with Scratch("evaluation") as folder:
+        store = open_store(str(folder))
         shards = plan_shards(source, store)
         pool = DecodePool(encoding, limits, num_processes)
         try:

@@ -13,10 +13,10 @@ Ray tells nobody of an actor that is frozen or hangs, so an actor counts its ste
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import platform
 import queue
+import resource
 import shutil
 import tempfile
 import threading
@@ -24,7 +24,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Iterator, Mapping, Set
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -55,6 +55,7 @@ from pipeline.records import (
     SourceVideo,
 )
 from pipeline.redo import Begun, begin, finish
+from pipeline.scratch import Scratch
 from pipeline.source import iterate_videos
 from pipeline.storage import ObjectStore, allow_web_inputs, open_store
 from pipeline.store import Steps, StoreErrors
@@ -63,8 +64,6 @@ from pipeline.store import Steps, StoreErrors
 _CLIPS_AHEAD_BYTES = 256 << 20
 # Files of earlier generations that are read when a shard is encoded again.
 _COMMITTED_BYTES = 4 << 30
-_ROOM_PREFIX = "latentmill-actor-"
-_LOCK_NAME = "owner.lock"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -248,6 +247,8 @@ class EncodeActor:
         self._store: ObjectStore = open_store(config.run.output)
         self._is_stopping = False
         self._room = _Room()
+        # A core dump would hold credentials, and what others have in their videos.
+        resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
 
     def __repr__(self) -> str:
         return f"encoder[{self._name}]"
@@ -612,23 +613,11 @@ def _done_already(spec: ShardSpec, counts: ShardCounts) -> ShardReport:
 
 
 class _Room:
-    """A private folder for this process's temporary files; those of dead processes are removed on the way.
-
-    A killed actor cannot clean up after itself, but the lock on a file in its room ends with it, also across
-    containers that share a folder and not their process ids. Whatever has no such file is somebody else's.
-    """
+    """The temporary files of this process."""
 
     def __init__(self) -> None:
-        parent = Path(tempfile.gettempdir())
-        for lock in parent.glob(f"{_ROOM_PREFIX}*/{_LOCK_NAME}"):
-            with suppress(OSError), lock.open("rb") as file:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(lock.parent, ignore_errors=True)
-        self.path = Path(tempfile.mkdtemp(prefix=_ROOM_PREFIX, dir=parent))
-        unlocked = self.path / f"{_LOCK_NAME}.new"
-        self._lock = unlocked.open("wb")
-        fcntl.flock(self._lock, fcntl.LOCK_EX)
-        unlocked.rename(self.path / _LOCK_NAME)
+        self._scratch = Scratch("actor")
+        self.path = self._scratch.path
         self.cache = FileCache(self.path / "committed", _COMMITTED_BYTES)
 
     @contextmanager
@@ -656,8 +645,7 @@ class _Room:
 
     def close(self) -> None:
         """Removes the room."""
-        shutil.rmtree(self.path, ignore_errors=True)
-        self._lock.close()
+        self._scratch.close()
 
 
 def _is_full(error: OSError) -> bool:

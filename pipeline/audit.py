@@ -22,13 +22,11 @@ from __future__ import annotations
 
 import hashlib
 import math
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -64,6 +62,7 @@ from pipeline.inputs import digest_of_versions, is_other_version, read_slice, ve
 from pipeline.plan import planned_slices
 from pipeline.records import COUNTED, Commit, DatasetManifest, FileStat, ShardCounts, ShardSpec, sum_counts
 from pipeline.redo import ordered_repairs
+from pipeline.scratch import Scratch
 from pipeline.storage import InputFile, ObjectStore, stat_input
 from pipeline.stored import RecordFile, StoredRecord, open_records, read_rejections
 
@@ -252,8 +251,8 @@ def _check_generations(
 ) -> list[Finding]:
     """Of shards with several records that can all be read: what these together hold."""
     findings = []
-    with tempfile.TemporaryDirectory(prefix="latentmill-audit-") as folder:
-        cache = FileCache(Path(folder), _CACHE_BYTES)
+    with Scratch("audit") as folder:
+        cache = FileCache(folder, _CACHE_BYTES)
         for shard in shards:
             names = [name_of(commit) for commit in shard.commits]
             if len(names) == 1 or any(name in damaged for name in names):

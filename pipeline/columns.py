@@ -25,7 +25,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import tempfile
 import uuid
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
@@ -55,6 +54,7 @@ from pipeline.committed import FileCache
 from pipeline.errors import ConfigMismatchError, DamagedObjectError, UsageError
 from pipeline.format import Column, Content, decode_latent, encode_latent, schema
 from pipeline.records import Commit, DatasetManifest, FileStat, ShardCounts
+from pipeline.scratch import Scratch
 from pipeline.storage import ObjectStore, open_store, sha256_of_file
 from pipeline.stored import open_records
 
@@ -359,8 +359,8 @@ def stored_captions_of(store: ObjectStore, stat: FileStat, columns: Sequence[str
                 table = pq.ParquetFile(stream, page_checksum_verification=True).read(columns=list(names))
             rows = list(zip(*(table.column(name).to_pylist() for name in names), strict=True))
         else:
-            with tempfile.TemporaryDirectory(prefix="latentmill-columns-") as folder:
-                path = Path(folder) / "base.tar"
+            with Scratch("columns") as folder:
+                path = folder / "base.tar"
                 fetch_data_file(store, stat, path)
                 rows = open_records(path, stat.content).read_columns(names)
     except (pa.ArrowException, ValueError, KeyError, OSError) as error:

@@ -45,6 +45,7 @@ from pipeline.energon import EnergonDFM
 from pipeline.errors import DamagedObjectError, StorageNotFoundError, UsageError
 from pipeline.peers import About, FastVideo, FileFacts, HuggingFace, Peer, Sample, Sink
 from pipeline.records import DatasetManifest
+from pipeline.scratch import Scratch
 from pipeline.storage import ObjectStore, open_input, open_store, sha256_of_file
 
 EXPORT_VERSION = 1
@@ -112,8 +113,7 @@ def export(
     if snapshot is None and held.get("fingerprint") == manifest.fingerprint:
         snapshot = held["snapshot"]
     pinned = _pinned(source, latest, snapshot)
-    with tempfile.TemporaryDirectory(prefix="latentmill-export-") as name:
-        folder = Path(name)
+    with Scratch("export") as folder:
         cache = FileCache(folder / "cache", 0)
         texts = None if text is None else ColumnSet.open(source, text, cache)
         if texts is not None and texts.manifest.name != "text":

@@ -13,7 +13,6 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import tempfile
 import threading
 import time
 from collections import Counter, deque
@@ -22,7 +21,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from ipaddress import ip_address
 from itertools import islice
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -64,6 +62,7 @@ from pipeline.plan import InputChange, changed_inputs, infer_passthrough, plan_s
 from pipeline.progress import Progress, RateMeter, Standing
 from pipeline.records import Commit, DatasetManifest, ShardSpec, sum_counts
 from pipeline.redo import Retries, ordered_repairs, repairs, retries
+from pipeline.scratch import Scratch
 from pipeline.storage import ObjectStore, allow_web_inputs, open_store
 from pipeline.store import StoreErrors
 
@@ -277,7 +276,7 @@ def _again(
     changed: dict[str, list[str]] = {}
     for change in changes:
         changed.setdefault(change.shard_id, []).append(change.uri)
-    with tempfile.TemporaryDirectory(prefix="latentmill-driver-") as folder:
+    with Scratch("driver") as folder:
         retried = retries(
             store,
             [spec for spec in specs if spec.shard_id not in in_repair],
@@ -285,7 +284,7 @@ def _again(
             config.run.retry_failed,
             max_attempts=config.run.max_attempts,
             changed=changed,
-            cache=FileCache(Path(folder), _COMMITTED_BYTES),
+            cache=FileCache(folder, _COMMITTED_BYTES),
         )
     for shard_id, why in list(retried.refused.items())[:_MAX_TOLD]:
         progress.say("retry", f"shard {shard_id} is not retried: {why}")

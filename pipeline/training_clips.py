@@ -22,8 +22,6 @@ import logging
 import math
 import os
 import queue
-import shutil
-import tempfile
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -52,6 +50,7 @@ from pipeline.decode import DecodePool
 from pipeline.errors import LatentmillError, UsageError
 from pipeline.plan import plan_shards
 from pipeline.records import Bucket, Clip, ClipFailure, MediaKind, ShardSpec, SourceVideo
+from pipeline.scratch import Scratch
 from pipeline.source import iterate_videos
 from pipeline.storage import open_store
 
@@ -287,14 +286,14 @@ class TrainingClips:
         if cursor is not None:
             self._step = _checked(cursor, uris, rank, world_size)
             states = cursor["inputs"]
-        self._folder = tempfile.mkdtemp(prefix="latentmill-plans-")
+        self._scratch = Scratch("plans")
         try:
             self._pool = DecodePool(encoding, limits, limits.decode_processes or 1)
             budget_bytes = int(config.cache_gb * 1e9 / 2 / len(uris))
             for index, (uri, state) in enumerate(zip(uris, states, strict=True)):
                 plan = _Plan(
                     uri=uri,
-                    folder=os.path.join(self._folder, str(index)),
+                    folder=str(self._scratch.path / str(index)),
                     config=config,
                     encoding=encoding,
                     limits=limits,
@@ -342,7 +341,7 @@ class TrainingClips:
             entry.close()
         if self._ahead is not None:
             self._ahead.join()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self._scratch.close()
 
     def _make(self) -> TrainingBatch:
         step = self._step

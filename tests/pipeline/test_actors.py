@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import io
 import json
-import os
+import resource
 import select
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -98,22 +96,13 @@ def test_an_error_while_decoding_ahead_reaches_whoever_waits() -> None:
     ahead.close()
 
 
-def test_rooms_of_dead_processes_are_removed_and_everything_else_is_kept(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    dead = "from pipeline.actors import _Room; import os; _Room(); os._exit(9)"
-    root, env = Path(actors.__file__).parent.parent, {**os.environ, "TMPDIR": str(tmp_path)}
-    subprocess.run([sys.executable, "-c", dead], check=False, cwd=root, env=env)
-    assert len(list(tmp_path.iterdir())) == 1
-    (tmp_path / "latentmill-out" / "data").mkdir(parents=True)
-    (tmp_path / "latentmill-actor-mine" / "data").mkdir(parents=True)
-    first, second = actors._Room(), actors._Room()
-    kept = {"latentmill-out", "latentmill-actor-mine"}
-    assert {path.name for path in tmp_path.iterdir()} == {first.path.name, second.path.name, *kept}
-    first.close()
-    second.close()
-    assert {path.name for path in tmp_path.iterdir()} == kept
+def test_an_actor_leaves_no_core_dump_with_keys_in_it(config: JobConfig) -> None:
+    before = resource.getrlimit(resource.RLIMIT_CORE)
+    try:
+        EncodeActor(config, "0", "cpu").stop()
+        assert resource.getrlimit(resource.RLIMIT_CORE)[0] == 0
+    finally:
+        resource.setrlimit(resource.RLIMIT_CORE, before)
 
 
 def test_every_block_that_is_copied_or_stored_is_a_step(tmp_path: Path) -> None:
