@@ -175,19 +175,12 @@ def _print_description(found: Mapping[str, Any]) -> None:
             _say("")
             _say(title.replace("_", " ").upper())
         width = max(len(printable(str(name))) for name in entries)
-        numbers = [value for value in entries.values() if _is_number(value)]
-        room = max((len(_text(value)) for value in numbers), default=0)
+        # Numbers stand under each other where there is nothing else.
+        is_counts = all(isinstance(value, int) and not isinstance(value, bool) for value in entries.values())
+        room = max(len(_text(value)) for value in entries.values()) if is_counts else 0
         for name, value in entries.items():
-            text = _text(value)
             size = f"  {_size(value)}" if "bytes" in str(name) and isinstance(value, int) else ""
-            # Numbers of a table stand under each other; texts begin where they begin.
-            _say(
-                f"  {printable(str(name)):<{width}}  {text.rjust(room) if _is_number(value) and title else text}{size}"
-            )
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+            _say(f"  {printable(str(name)):<{width}}  {_text(value).rjust(room)}{size}")
 
 
 def _size(num_bytes: float) -> str:
@@ -200,7 +193,7 @@ def _size(num_bytes: float) -> str:
 
 
 def _text(value: object) -> str:
-    if value is None:
+    if value is None or value in ("", []):
         return "-"
     if isinstance(value, bool):
         return "yes" if value else "no"
@@ -480,7 +473,10 @@ def _preview_clip(arguments: argparse.Namespace, manifest: DatasetManifest) -> N
         raise UsageError(f"-o {arguments.output}: a clip is written as .mp4 or .gif")
     _refuse_folder_that_is_not_there(arguments.output)
     wanted = [("key", "=", arguments.key), ("clip_index", "=", arguments.clip)]
-    dataset = LatentDataset(arguments.uri, batch_size=1, shuffle_seed=None, scaled=False, filter=wanted)
+    try:
+        dataset = LatentDataset(arguments.uri, batch_size=1, shuffle_seed=None, scaled=False, filter=wanted)
+    except UsageError as error:
+        raise UsageError(f"there is no clip {arguments.clip} of a video {arguments.key!r}: {error}") from error
     batch = next(iter(dataset))
     latent = batch["latents"][0].numpy()
     try:

@@ -82,7 +82,8 @@ dl { display: grid; gap: .25rem 1rem; grid-template-columns: minmax(6.5rem, 11re
 dt { color: var(--faint); }
 dd { margin: 0; }
 .bars { align-items: center; display: grid; font-size: .9375rem; gap: .35rem .75rem;
-  grid-template-columns: minmax(6.5rem, max-content) minmax(3rem, 1fr) minmax(4rem, max-content); margin-bottom: .75rem; }
+  grid-template-columns: minmax(6.5rem, max-content) minmax(3rem, 1fr) minmax(4rem, max-content);
+  margin-bottom: .75rem; }
 .bars > span { max-width: 12rem; }
 .bars .value { font-variant-numeric: tabular-nums; text-align: right; }
 .track { background: var(--track); border-radius: .25rem; display: flex; height: 1.1rem; overflow: hidden;
@@ -250,7 +251,10 @@ def _gallery(document: Mapping[str, Any], pictures: Pictures) -> str:
     # By lot which clips are seen first; pictures of one shape stand together.
     figures = [(one["bucket"], _example(one, *both)) for one, both in zip(examples, pictures, strict=True)]
     first, rest = ("".join(text for _, text in sorted(some)) for some in (figures[:_FIRST], figures[_FIRST:]))
-    more = f'<details class="more"><summary>{len(figures) - _FIRST} more clips</summary><div class="gallery">{rest}</div></details>'
+    more = (
+        f'<details class="more"><summary>{len(figures) - _FIRST} more clips</summary>'
+        f'<div class="gallery">{rest}</div></details>'
+    )
     return (
         f'<section><h2>What the latents show</h2><p class="faint">{_text(f"{what} {lot}".strip())}</p>'
         f'<div class="gallery">{first}</div>{more if rest else ""}</section>'

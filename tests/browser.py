@@ -21,6 +21,7 @@ import aiohttp
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 _START_TIMEOUT_S = 120.0
+_COMPLAINTS = ("Log.entryAdded", "Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Network.loadingFailed")
 
 
 @dataclass
@@ -122,9 +123,7 @@ async def _show(
                         answers.pop(told["id"]).set_result(told.get("result", {"error": told.get("error")}))
                     elif told["method"] == "Page.loadEventFired":
                         loaded.set()
-                    elif told["method"] in ("Log.entryAdded", "Runtime.exceptionThrown", "Network.loadingFailed"):
-                        shown.complaints.append(json.dumps(told["params"])[:500])
-                    elif told["method"] == "Runtime.consoleAPICalled":
+                    elif told["method"] in _COMPLAINTS:
                         shown.complaints.append(json.dumps(told["params"])[:500])
 
             listener = asyncio.create_task(listen())
