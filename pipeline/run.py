@@ -78,7 +78,9 @@ _BEAT_S = 2.0
 # Of the time between two looks at the actors, no more than this counts: a driver that was frozen itself, or waited for
 # the store, must not blame the actors.
 _LONGEST_LOOK_S = 5.0
+# A snapshot costs a list of every record, so that one every thousand shards would cost their number squared.
 _SNAPSHOT_EVERY = 1000
+_SNAPSHOT_GROWTH = 0.1
 _MAX_TOLD = 20
 # Committed files that are read to see what is left to retry.
 _COMMITTED_BYTES = 4 << 30
@@ -395,6 +397,11 @@ class _Ledger:
         return len(self._planned) - (len(self.todo) - len(self._redone_ids))
 
     @property
+    def num_decided(self) -> int:
+        """Of all planned shards, those that are decided, by whichever run."""
+        return self._num_done_before + len(self.done)
+
+    @property
     def num_left(self) -> int:
         return len(self.todo) - len(self.done) - len(self.undone)
 
@@ -440,7 +447,7 @@ class _Ledger:
         for state, number in (
             ("pending", self.num_left - num_running),
             ("running", num_running),
-            ("done", self._num_done_before + len(self.done)),
+            ("done", self.num_decided),
             ("undone", len(self.undone)),
         ):
             self.metrics.set("latentmill_shards", number, state=state)
@@ -941,7 +948,8 @@ class _Dispatch:
             self._take_back(_POLL_S)
             for slot, why in self._pool.hanging():
                 self._end_hanging(slot, why)
-            if len(self._ledger.done) - last_snapshot >= _SNAPSHOT_EVERY:
+            num_new = len(self._ledger.done) - last_snapshot
+            if num_new >= max(_SNAPSHOT_EVERY, _SNAPSHOT_GROWTH * self._ledger.num_decided):
                 _publish(self._store, self._config)
                 last_snapshot = len(self._ledger.done)
             self._progress.show(self._ledger.standing(len(self._running)))
