@@ -82,19 +82,19 @@ def stop(process: subprocess.Popen[bytes]) -> None:
 
 
 @contextmanager
-def seaweed(buckets: Sequence[str]) -> Iterator[tuple[str, dict[str, str]]]:
+def seaweed(buckets: Sequence[str], address: str = "127.0.0.1") -> Iterator[tuple[str, dict[str, str]]]:
     """A SeaweedFS with these buckets: its endpoint, and the environment of a process that uses it."""
     folder = Path(tempfile.mkdtemp(prefix="weed-"))
     log = folder / "log"
     port = free_ports(5)
-    env = s3_variables(f"http://127.0.0.1:{port}", "test", "testtest")
+    env = s3_variables(f"http://{address}:{port}", "test", "testtest")
     names = ("s3", "master", "volume", "filer", "admin")
     command = [
         str(BIN / "weed"),
         "mini",
         f"-dir={folder}",
-        "-ip=127.0.0.1",
-        "-ip.bind=127.0.0.1",
+        f"-ip={address}",
+        f"-ip.bind={address}",
         *(f"-{name}.port={port + number}" for number, name in enumerate(names)),
         "-webdav=false",
         "-admin.ui=false",

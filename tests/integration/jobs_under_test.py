@@ -160,6 +160,7 @@ def ray_cluster(
     first_port: int,
     folder: Path,
     nodes: list[psutil.Process] | None = None,
+    address: str = "127.0.0.1",
 ) -> Iterator[str]:
     """A Ray head with a job server and further nodes, started as users start them; gives the job server's address.
 
@@ -167,9 +168,10 @@ def ray_cluster(
         num_cpus: CPUs of each node, the head's first.
         first_port: of four; this first one is Ray's own.
         nodes: gets the `ray start` process of each node, the head's first.
+        address: of every node.
     """
     gcs, dashboard, client, agent = range(first_port, first_port + 4)
-    common = [str(Path(sys.executable).parent / "ray"), "start", "--block", "--node-ip-address=127.0.0.1"]
+    common = [str(Path(sys.executable).parent / "ray"), "start", "--block", f"--node-ip-address={address}"]
     common += ["--object-store-memory=100000000", "--disable-usage-stats"]
     head = ["--head", f"--port={gcs}", f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1"]
     head += [f"--ray-client-server-port={client}", f"--dashboard-agent-listen-port={agent}"]
@@ -184,9 +186,11 @@ def ray_cluster(
 
         try:
             start(*head, f"--num-cpus={num_cpus[0]}")
-            _wait_for_port(gcs)
+            _wait_for_port(gcs, address)
+            # A node that joins before the head's own has registered gives up.
+            _wait_for_text(folder / "ray.log", "will now block")
             for count in num_cpus[1:]:
-                start(f"--address=127.0.0.1:{gcs}", f"--num-cpus={count}")
+                start(f"--address={address}:{gcs}", f"--num-cpus={count}")
             yield f"http://127.0.0.1:{dashboard}"
         finally:
             processes: list[psutil.Process] = list(nodes)
@@ -199,10 +203,17 @@ def ray_cluster(
             psutil.wait_procs(processes, timeout=30)
 
 
-def _wait_for_port(port: int, timeout_s: float = 60) -> None:
+def _wait_for_text(log: Path, text: str, timeout_s: float = 240) -> None:
+    deadline = time.monotonic() + timeout_s
+    while text not in log.read_text(errors="replace"):
+        assert time.monotonic() < deadline, f"no {text!r} in {log} after {timeout_s} s"
+        time.sleep(0.2)
+
+
+def _wait_for_port(port: int, address: str, timeout_s: float = 60) -> None:
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
-        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+        with contextlib.suppress(OSError), socket.create_connection((address, port), timeout=1):
             return
         time.sleep(0.1)
     raise AssertionError(f"nothing listens on port {port} after {timeout_s} s")

@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from urllib.error import HTTPError, URLError
-from urllib.request import urlopen
+from urllib.request import Request, urlopen
 
 import psutil
 import pytest
@@ -234,6 +234,7 @@ def test_a_job_submitted_to_two_nodes_writes_the_same_bytes_to_s3_with_four_acto
     job = [*_flags(shards, output), "--num-actors", "4", "--cpus-per-actor", "1", "--progress", "json"]
     with ray_cluster(env, num_cpus=(2, 2), first_port=free_ports(4), folder=tmp_path) as address:
         _wait_for(address)
+        assert [_answer(address, token) for token in (None, "another")] == [401, 403]
         first, said = _submit(address, env, job)
         second, _ = _submit(address, env, job)
     assert '"event": "ray"' in said
@@ -259,6 +260,16 @@ def _wait_for(address: str) -> None:
             pass
         time.sleep(0.3)
     raise AssertionError(f"no Ray job server at {address}")
+
+
+def _answer(address: str, token: str | None) -> int:
+    """The status of an attempt to have a command run by the cluster."""
+    headers = {"Content-Type": "application/json"} | ({} if token is None else {"Authorization": f"Bearer {token}"})
+    try:
+        with urlopen(Request(f"{address}/api/jobs/", b'{"entrypoint": "true"}', headers), timeout=60) as answer:
+            return int(answer.status)
+    except HTTPError as error:
+        return error.code
 
 
 def _submit(address: str, env: Mapping[str, str], job: list[str]) -> tuple[dict[str, object], str]:
