@@ -45,6 +45,8 @@ from pipeline.store import (
 
 # An endpoint that never answered this process is more likely a wrong address than an outage: say so soon.
 FIRST_CONTACT_BUDGET_S = 15.0
+# Without a byte; a body that stalls on the way is then asked for again.
+READ_TIMEOUT_S = 60.0
 # Above this a file goes up in parts; S3 itself refuses single uploads above 5 GB.
 SINGLE_PUT_BYTES = 1 << 30
 PART_BYTES = 128 << 20
@@ -78,7 +80,7 @@ def _client_of(pid: int, environment: tuple[tuple[str, str], ...]) -> Any:
     config = Config(
         retries={"total_max_attempts": 1, "mode": "standard"},
         connect_timeout=5,
-        read_timeout=60,
+        read_timeout=READ_TIMEOUT_S,
         max_pool_connections=32,
         tcp_keepalive=True,
         # Every upload states its own SHA-256; stores other than AWS refuse the trailing checksums of "when_supported".

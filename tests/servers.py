@@ -145,6 +145,7 @@ class FaultProxy:
     lose: the request is carried out, then the connection closes without an answer.
     drop: the connection closes and the store never hears of it.
     <number>: the store is not asked; that status is answered with the S3 code of `codes`.
+    stall: half of the body comes, and then nothing, until the proxy is closed.
     short: the body ends early.    truncate: body and lengths agree, but the end is missing.    flip: one byte differs.
     """
 
@@ -159,6 +160,7 @@ class FaultProxy:
             "404": "NoSuchUpload",
         }
         self.requests: list[tuple[str, str]] = []
+        self.closed = threading.Event()
         self.fault: Fault = lambda method, path: None
         proxy = self
         host, port = endpoint.removeprefix("http://").split(":")
@@ -196,6 +198,11 @@ class FaultProxy:
                 self, fault: str | None, status: int, fields: list[tuple[str, str]], content: bytes
             ) -> None:
                 length = None
+                if fault == "stall":
+                    self.answer(status, fields, content[: len(content) // 2], len(content))
+                    proxy.closed.wait()
+                    self.close_connection = True
+                    return
                 if fault == "short":
                     length, content = len(content), content[: len(content) // 2]
                     self.close_connection = True
@@ -235,6 +242,7 @@ class FaultProxy:
         return sum(m == method for m, _ in self.requests)
 
     def close(self) -> None:
+        self.closed.set()
         self._server.shutdown()
         self._thread.join()
         self._server.server_close()

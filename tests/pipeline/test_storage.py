@@ -350,6 +350,20 @@ def test_a_body_damaged_on_the_way_is_read_again(what: str, proxy: FaultProxy, f
     assert proxy.count("GET") == 2
 
 
+def test_a_body_that_stalls_on_the_way_is_read_again(
+    proxy: FaultProxy, far_store: ObjectStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline.s3, "READ_TIMEOUT_S", 1.0)
+    pipeline.s3._client_of.cache_clear()
+    try:
+        far_store.put_if_absent("x", b"0123456789" * 1000)
+        proxy.first(1, "stall", "GET")
+        assert far_store.get("x") == b"0123456789" * 1000
+        assert proxy.count("GET") == 2
+    finally:
+        pipeline.s3._client_of.cache_clear()
+
+
 def test_an_expired_token_is_renewed_once_and_then_ends_the_attempt(proxy: FaultProxy, far_store: ObjectStore) -> None:
     far_store.put_if_absent("x", b"1")
     proxy.first(1, "400", "GET")
