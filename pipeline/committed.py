@@ -232,14 +232,16 @@ def open_checked(stat: FileStat, store: ObjectStore, cache: FileCache) -> Record
     return open_bytes(cache.checked_bytes(store, stat), stat, store)
 
 
-def open_bytes(buffer: pa.Buffer, stat: FileStat, store: ObjectStore) -> RecordFile:
-    """Checked bytes, open for reading.
+def open_bytes(
+    buffer: pa.Buffer, stat: FileStat, store: ObjectStore, *, with_page_checksums: bool = True
+) -> RecordFile:
+    """Checked bytes, open for reading; the check may be old, or `with_page_checksums` is False.
 
     Raises:
         DamagedObjectError: they are no file of their kind; the message names the file.
     """
     try:
-        return open_records(buffer, stat.content)
+        return open_records(buffer, stat.content, with_page_checksums=with_page_checksums)
     except DamagedObjectError as error:
         raise DamagedObjectError(f"{store.url(stat.key)}: {error}") from error
 

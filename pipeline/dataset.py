@@ -11,7 +11,6 @@ folder that all processes of a machine share.
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,29 +31,27 @@ from pipeline.commit import (
     load_commits,
     manifest_of_output,
     read_snapshot,
-    snapshot_commits,
 )
-from pipeline.committed import DataFile, FileCache, data_files
+from pipeline.committed import FileCache
+from pipeline.contents import BatchSize, Contents, contents_of
 from pipeline.epoch import (
     LANES,
     REMAINDERS,
     WINDOW_FILES,
-    Ints,
     Remainder,
     global_batches,
     lanes_of_worker,
     num_batches,
     shuffled,
 )
-from pipeline.errors import StorageNotFoundError, UsageError
+from pipeline.errors import UsageError
 from pipeline.format import Content, schema
-from pipeline.records import Commit, DatasetManifest, ModelFacts
+from pipeline.records import DatasetManifest
 from pipeline.rows import PlannedBatch, RowReader
-from pipeline.selection import Filter, expression_of, select
-from pipeline.storage import ObjectStore, open_store
+from pipeline.selection import Filter, expression_of
+from pipeline.storage import open_store
 
 STATE_VERSION = 2
-_DEFAULT_BATCH_SIZE = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,28 +69,6 @@ class LatentStats:
     num_samples: int
     mean: tuple[float, ...]
     deviation: tuple[float, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Plan:
-    """What of a snapshot is read: files, and the rows of each bucket in them.
-
-    Attributes:
-        counts: `(files, buckets)`.
-        file_bytes: `(files,)`.
-        batch_rows: `(buckets,)`, rows of a batch of one rank.
-        digest: of everything that decides the order, the batch sizes excepted.
-        checked: `(files,)`, what stands for the check of a file; in shared memory, so that workers check it once.
-    """
-
-    snapshot: int | None
-    files: tuple[DataFile, ...]
-    buckets: tuple[str, ...]
-    counts: Ints
-    file_bytes: Ints
-    batch_rows: Ints
-    digest: str
-    checked: torch.Tensor
 
 
 class LatentDataset(IterableDataset[dict[str, Any]]):
@@ -191,8 +166,7 @@ class LatentDataset(IterableDataset[dict[str, Any]]):
         table = schema(self.manifest)
         _check_columns(columns, captions, table, str(uri))
         _check_draws(sample_posterior, caption_dropout, self.manifest, str(uri))
-        self._batch_size = _checked_batch_size(batch_size, max_tokens)
-        self._max_tokens = max_tokens
+        self._batch_size = BatchSize.of(batch_size, max_tokens)
         self._seed = shuffle_seed
         self._rank = rank
         self._world_size = world_size
@@ -215,9 +189,9 @@ class LatentDataset(IterableDataset[dict[str, Any]]):
             text=None if text is None else ColumnSet.open(self._store, text, self._cache),
             image=None if image is None else ColumnSet.open(self._store, image, self._cache),
         )
-        self._plan = self._planned(self._agreed_latest() if follow else snapshot)
+        self._contents = self._planned(self._agreed_latest() if follow else snapshot)
         # Epoch, global batches to pass over, snapshot. Shared memory, so that persistent workers see a new epoch too.
-        self._start = torch.tensor([0, 0, self._plan.snapshot or 0]).share_memory_()
+        self._start = torch.tensor([0, 0, self._contents.snapshot or 0]).share_memory_()
         # Of this process: epoch, global batches behind it, turns behind it.
         self._position = 0, 0, 0
         self._resumed: tuple[int, int, int] | None = None
@@ -226,20 +200,20 @@ class LatentDataset(IterableDataset[dict[str, Any]]):
     @property
     def snapshot(self) -> int | None:
         """Number of the snapshot that is read, None where there is none."""
-        return self._plan.snapshot
+        return self._contents.snapshot
 
     @property
     def num_records(self) -> int:
         """Rows of an epoch over all ranks, before the remainder is dropped or padded."""
-        return int(self._plan.counts.sum())
+        return int(self._contents.counts.sum())
 
     def __len__(self) -> int:
         """Batches of a whole epoch for this rank."""
         return self._num_batches(self._rank)
 
     def _num_batches(self, rank: int) -> int:
-        rows = self._plan.counts.sum(axis=0)
-        return num_batches(rows, self._plan.batch_rows, rank, self._world_size, self._remainder)
+        rows = self._contents.counts.sum(axis=0)
+        return num_batches(rows, self._contents.batch_rows, rank, self._world_size, self._remainder)
 
     def set_epoch(self, epoch: int) -> None:
         """Chooses the epoch of the next pass; another epoch than before starts at its beginning.
@@ -262,12 +236,13 @@ class LatentDataset(IterableDataset[dict[str, Any]]):
         """
         epoch, passed, turn = self._position
         worker = get_worker_info()
-        return self._state(self._plan, epoch, passed) | {"worker": worker and [worker.id, worker.num_workers, turn]}
+        return self._state(self._contents, epoch, passed) | {"worker": worker and [worker.id, worker.num_workers, turn]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Starts the next pass where the state was taken; the same order goes on, batch by batch.
 
-        Any rank's state serves every rank, also with another world size at the same global batch. The state of an epoch
+        Any rank's state serves every rank, also with another world size at the same global batch; among the short
+        batches that end an epoch with remainder "keep" take rank 0's, which gets all of them. The state of an epoch
         that is over changes nothing where a later one is set already.
 
         Raises:
@@ -289,9 +264,11 @@ class LatentDataset(IterableDataset[dict[str, Any]]):
             self._resumed = self._position = epoch, passed, 0 if of_worker is None else int(of_worker[2])
         elif epoch >= int(self._start[0]) or passed < self._num_batches(rank=0):
             self._begin_at(epoch, passed)
+        else:
+            self._turn_to(int(self._start[2]) or None)
 
     def _refuse_another_order(self, state: Mapping[str, Any]) -> None:
-        now = self._state(self._plan, 0, 0)
+        now = self._state(self._contents, 0, 0)
         fixed = [name for name in now if name not in ("epoch", "num_global_batches", "snapshot", "worker")]
         other = [
             f"{name} {state.get(name)!r} there, {now[name]!r} here" for name in fixed if state.get(name) != now[name]
@@ -304,15 +281,15 @@ class LatentDataset(IterableDataset[dict[str, Any]]):
             )
 
     def _begin_at(self, epoch: int, passed: int) -> None:
-        self._start[0], self._start[1], self._start[2] = epoch, passed, self._plan.snapshot or 0
+        self._start[0], self._start[1], self._start[2] = epoch, passed, self._contents.snapshot or 0
         self._position = epoch, passed, 0
 
     def _turn_to(self, snapshot: int | None) -> None:
-        if snapshot != self._plan.snapshot:
-            self._plan = self._planned(snapshot)
+        if snapshot != self._contents.snapshot:
+            self._contents = self._planned(snapshot)
             self._reader = None
 
-    def _state(self, plan: _Plan, epoch: int, passed: int) -> dict[str, Any]:
+    def _state(self, plan: Contents, epoch: int, passed: int) -> dict[str, Any]:
         sizes = (plan.batch_rows * self._world_size).tolist()
         return {
             "version": STATE_VERSION,
@@ -342,31 +319,8 @@ class LatentDataset(IterableDataset[dict[str, Any]]):
             raise UsageError(f"{self._store.root_uri} has no snapshot to follow yet; a run publishes one when it ends")
         return number
 
-    def _planned(self, snapshot: int | None) -> _Plan:
-        if snapshot is None:
-            snapshot = latest_snapshot_number(self._store)
-        files = data_files(_commits(self._store, snapshot), self._store, self._cache)
-        if self._filter is not None:
-            files = select(files, *self._filter, self._store, self._cache)
-        buckets = tuple(sorted({bucket for file in files for bucket, rows in file.bucket_rows.items() if rows}))
-        if not buckets:
-            shards = decided_shards(_commits(self._store, snapshot))
-            rejected = sum(shard.counts.num_videos_rejected for shard in shards)
-            raise UsageError(
-                f"{self._store.root_uri} holds no latents: {len(shards)} committed shards with {rejected} rejected "
-                f"videos and no record{'' if self._filter is None else ' that matches the filter'}"
-            )
-        counts = [[file.bucket_rows.get(bucket, 0) for bucket in buckets] for file in files]
-        return _Plan(
-            snapshot=snapshot,
-            files=files,
-            buckets=buckets,
-            counts=np.array(counts, dtype=np.int64),
-            file_bytes=np.array([file.stat.num_bytes for file in files], dtype=np.int64),
-            batch_rows=_batch_rows(buckets, self._batch_size, self._max_tokens, self.manifest.model),
-            digest=_digest(files),
-            checked=torch.zeros(len(files), dtype=torch.int64).share_memory_(),
-        )
+    def _planned(self, snapshot: int | None) -> Contents:
+        return contents_of(self._store, self._cache, snapshot, self._filter, self._batch_size, self.manifest.model)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         # Not a generator itself: StatefulDataLoader asks for the state before the first batch.
@@ -376,9 +330,9 @@ class LatentDataset(IterableDataset[dict[str, Any]]):
             self._position = epoch, passed, 0
         else:
             self._position, self._resumed = self._resumed, None
-        return self._batches(self._plan, *self._position)
+        return self._batches(self._contents, *self._position)
 
-    def _batches(self, plan: _Plan, epoch: int, passed: int, turn: int) -> Iterator[dict[str, Any]]:
+    def _batches(self, plan: Contents, epoch: int, passed: int, turn: int) -> Iterator[dict[str, Any]]:
         worker = get_worker_info()
         worker_id, num_workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
         reader = self._row_reader(num_workers)
@@ -391,7 +345,7 @@ class LatentDataset(IterableDataset[dict[str, Any]]):
             yield loaded
 
     def _planned_batches(
-        self, plan: _Plan, epoch: int, passed: int, turn: int, worker_id: int, num_workers: int
+        self, plan: Contents, epoch: int, passed: int, turn: int, worker_id: int, num_workers: int
     ) -> Iterator[PlannedBatch]:
         batches = global_batches(
             plan.counts,
@@ -429,9 +383,9 @@ class LatentDataset(IterableDataset[dict[str, Any]]):
     def _new_reader(self, num_lanes: int) -> RowReader:
         return RowReader(
             self._store,
-            self._plan.files,
+            self._contents.files,
             self._cache,
-            self._plan.checked.numpy(),
+            self._contents.checked.numpy(),
             self._recipe.read_columns,
             self._filter,
             # A batch may still hold rows of the window before the current one.
@@ -448,7 +402,7 @@ class LatentDataset(IterableDataset[dict[str, Any]]):
         Raises:
             DamagedObjectError: a file does not have the size or SHA-256 that its commit states.
         """
-        plan, reader = self._plan, self._new_reader(1)
+        plan, reader = self._contents, self._new_reader(1)
         num_read = num_values = 0
         sums = squares = np.zeros(self.manifest.model.latent_channels)
         for file in shuffled(len(plan.files), self._seed or 0, 0, 0).tolist():
@@ -507,51 +461,6 @@ def _check_order(shuffle_seed: int | None, rank: int, world_size: int, remainder
         raise UsageError(f"shuffle_seed is {shuffle_seed}; it must be 0 or more, or None for no shuffling")
 
 
-def _checked_batch_size(
-    batch_size: int | Mapping[str, int] | None, max_tokens: int | None
-) -> int | Mapping[str, int] | None:
-    if max_tokens is not None:
-        if batch_size is not None:
-            raise UsageError(f"batch_size={batch_size!r} and max_tokens={max_tokens} both say how many rows; give one")
-        return None
-    batch_size = _DEFAULT_BATCH_SIZE if batch_size is None else batch_size
-    smallest = min(batch_size.values(), default=1) if isinstance(batch_size, Mapping) else batch_size
-    if smallest < 1:
-        raise UsageError(f"batch_size is {batch_size}; it must be 1 or more")
-    return batch_size
-
-
-def _batch_rows(
-    buckets: Sequence[str], batch_size: int | Mapping[str, int] | None, max_tokens: int | None, model: ModelFacts
-) -> Ints:
-    """`(buckets,)`, rows of a batch of one rank."""
-    if isinstance(batch_size, int):
-        return np.full(len(buckets), batch_size, dtype=np.int64)
-    if batch_size is not None:
-        missing = [bucket for bucket in buckets if bucket not in batch_size]
-        if missing:
-            raise UsageError(
-                f"batch_size says nothing of {', '.join(missing)}; the dataset has the buckets {', '.join(buckets)}"
-            )
-        return np.array([batch_size[bucket] for bucket in buckets], dtype=np.int64)
-    assert max_tokens is not None
-    tokens = {bucket: _tokens(bucket, model) for bucket in buckets}
-    too_large = [f"{bucket} ({num})" for bucket, num in tokens.items() if num > max_tokens]
-    if too_large:
-        raise UsageError(
-            f"max_tokens is {max_tokens}, and one sample has more latent positions: {', '.join(too_large)}; give at "
-            f"least {max(tokens.values())}"
-        )
-    return np.array([max_tokens // tokens[bucket] for bucket in buckets], dtype=np.int64)
-
-
-def _tokens(bucket: str, model: ModelFacts) -> int:
-    """Latent positions t * h * w of a sample."""
-    width, height, num_frames = (int(side) for side in bucket.split("x"))
-    latent_frames = 1 + (num_frames - 1) // model.temporal_compression
-    return latent_frames * (height // model.spatial_compression) * (width // model.spatial_compression)
-
-
 def _check_columns(columns: Sequence[str], captions: Sequence[str], table: pa.Schema, uri: str) -> None:
     known = [name for name in table.names if name != "latent"]
     unknown = [name for name in (*columns, *captions) if name not in known]
@@ -572,19 +481,3 @@ def _check_draws(sample_posterior: bool, caption_dropout: float, manifest: Datas
         )
     if not 0 <= caption_dropout <= 1:
         raise UsageError(f"caption_dropout is {caption_dropout}; it is a probability, from 0 to 1")
-
-
-def _commits(store: ObjectStore, snapshot: int | None) -> Iterator[Commit]:
-    if snapshot is None:
-        return load_commits(store)
-    try:
-        return snapshot_commits(store, snapshot)
-    except StorageNotFoundError as error:
-        raise UsageError(f"{store.root_uri} has no snapshot {snapshot}: {error}") from error
-
-
-def _digest(files: Sequence[DataFile]) -> str:
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(f"{file.shard_id} {file.stat.sha256} {(file.counted or b'').hex()}\n".encode())
-    return digest.hexdigest()

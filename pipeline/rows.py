@@ -151,11 +151,12 @@ class RowReader:
         data_file = self.data_files[file]
         stat = data_file.stat
         try:
-            buffer, checked = self._cache.bytes_checked_once(self._store, stat, int(self._checked[file]))
+            before = int(self._checked[file])
+            buffer, checked = self._cache.bytes_checked_once(self._store, stat, before)
         except StorageNotFoundError as error:
             raise StorageNotFoundError(f"of shard {data_file.shard_id}: {error}") from error
         self._checked[file] = checked
-        records = open_bytes(buffer, stat, self._store)
+        records = open_bytes(buffer, stat, self._store, with_page_checksums=checked == before)
         mask = data_file.mask()
         if len(mask) != records.num_rows:
             raise DamagedObjectError(
