@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,6 +67,15 @@ class SecondHost:
                     except psutil.NoSuchProcess:
                         continue
                 psutil.wait_procs(seen, timeout=30)
+
+
+def commands_below(process: psutil.Process) -> list[str]:
+    """The command lines of living descendants."""
+    commands = []
+    for child in process.children(recursive=True):
+        with suppress(psutil.NoSuchProcess):  # zombies count as such
+            commands.append(" ".join(child.cmdline()))
+    return commands
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from builders import CLIP_STILLS, CLIP_VIDEOS, pack_clips
 from chaos.checker import check, plan_of_tars, read_output
-from chaos.network import SecondHost, second_host
+from chaos.network import SecondHost, commands_below, second_host
 from integration.jobs_under_test import SMALL, RunningJob, ray_cluster
 from servers import free_ports, s3_client, seaweed
 
@@ -104,8 +104,7 @@ def test_what_the_network_loses_costs_no_sample_and_no_byte(
     ):
 
         def is_at_work() -> bool:
-            names = [" ".join(process.cmdline()) for process in far.children(recursive=True)]
-            return any("EncodeActor" in name for name in names) and _num_records(output, store) > 0
+            return any("EncodeActor" in name for name in commands_below(far)) and _num_records(output, store) > 0
 
         with RunningJob(flags, env) as job:
             job.wait_until(is_at_work, "the second node was at work", 400)

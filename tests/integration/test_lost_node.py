@@ -12,6 +12,7 @@ import psutil
 import pytest
 from builders import CLIP_STILLS, CLIP_VIDEOS, pack_clips
 from chaos.checker import check, plan_of_tars, read_output
+from chaos.network import commands_below
 from integration.jobs_under_test import SMALL, RunningJob, ray_cluster
 from servers import free_ports
 
@@ -42,8 +43,9 @@ def test_the_shards_of_a_lost_node_are_done_by_the_others(
     with ray_cluster(env, num_cpus=(1, 1), first_port=port, folder=tmp_path, nodes=nodes):
 
         def is_at_work() -> bool:
-            names = [" ".join(p.cmdline()) for p in nodes[1].children(recursive=True)]
-            return any("EncodeActor" in name for name in names) and bool(list(output.glob("commits/*/*.json")))
+            return any("EncodeActor" in name for name in commands_below(nodes[1])) and bool(
+                list(output.glob("commits/*/*.json"))
+            )
 
         with RunningJob(flags, env) as job:
             job.wait_until(is_at_work, "the second node was at work")
