@@ -210,6 +210,11 @@ def _load(files: _Files, classes: Mapping[str, str], device: torch.device, dtype
         raise UsageError(
             f"--{files.flag}: {files.source} is a model of type {family!r}; known are {', '.join(sorted(classes))}"
         )
+    if (files.folder / "adapter_config.json").is_file():
+        raise UsageError(
+            f"--{files.flag}: {files.folder} holds an adapter, whose weights no digest would cover: merge it into the "
+            "model and save that"
+        )
     transformers = _transformers(files.flag)
     try:
         model, info = getattr(transformers, classes[family]).from_pretrained(
@@ -228,9 +233,11 @@ def _load(files: _Files, classes: Mapping[str, str], device: torch.device, dtype
     return model.to(device, _DTYPES[dtype]).eval().requires_grad_(False), family
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
+    """What a library says, and below it what it wraps: transformers hides the reason of a failed import there."""
     text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0] if text else error!r}"
+    said = f"{type(error).__name__}: {text.splitlines()[0] if text else repr(error)}"
+    return said if error.__cause__ is None else f"{said} ({_first_line(error.__cause__)})"
 
 
 def _stored(values: torch.Tensor, dtype: str, compute_dtype: str, flag: str, what: str) -> npt.NDArray[np.floating]:

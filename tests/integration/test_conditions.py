@@ -52,9 +52,14 @@ def encoded(
     flags: list[str], ray_home: Mapping[str, str], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, Outcome]:
     output = tmp_path_factory.mktemp("output") / "latents"
-    outcome = run_job([*flags, "--output", str(output)], ray_home)
+    outcome = _run([*flags, "--output", str(output)], ray_home, output.parent)
     assert outcome.code == 0, outcome.said
     return output, outcome
+
+
+def _run(flags: list[str], env: Mapping[str, str], folder: Path) -> Outcome:
+    # A folder of its own: Ray lets workers import from where the job was started, and transformers tries many names.
+    return run_job(flags, env, folder)
 
 
 def _rows(output: Path) -> Iterator[tuple[str, StoredRecord]]:
@@ -114,10 +119,11 @@ def test_the_same_command_again_changes_nothing_and_other_encoders_are_refused(
 ) -> None:
     output, _ = encoded
     before = tree_of(output)
-    assert run_job([*flags, "--output", str(output)], ray_home).code == 0
-    other = run_job([*flags, "--output", str(output), "--text-encoder", str(encoders.t5(tmp_path / "t5"))], ray_home)
+    assert _run([*flags, "--output", str(output)], ray_home, tmp_path).code == 0
+    t5 = str(encoders.t5(tmp_path / "t5"))
+    other = _run([*flags, "--output", str(output), "--text-encoder", t5], ray_home, tmp_path)
     assert (other.code, list(other.result["differences"])) == (3, ["text.weights_sha256"])
-    without = run_job([*flags[:-4], "--output", str(output)], ray_home)
+    without = _run([*flags[:-4], "--output", str(output)], ray_home, tmp_path)
     assert (without.code, without.result["differences"]) == (3, {"column_sets": [["image", "text"], []]})
     assert "encode_text.py" in without.result["message"]
     assert tree_of(output) == before
@@ -164,7 +170,7 @@ def test_damaged_embeddings_come_back_by_order_when_the_job_runs_again(
     damaged = copy / "columns" / "image" / next(iter(whole))
     damaged.write_bytes(damaged.read_bytes()[:-1])
     assert latentmill(["verify", str(copy), "--requeue"]) == 1
-    again = run_job([*flags, "--output", str(copy)], ray_home)
+    again = _run([*flags, "--output", str(copy)], ray_home, tmp_path)
     assert (again.code, again.result["num_records_repaired"]) == (0, 1), again.said
     assert data_digests(str(copy / "columns" / "image")) == whole
     assert latentmill(["verify", str(copy)]) == 0

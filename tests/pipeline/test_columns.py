@@ -361,6 +361,10 @@ def test_verify_inspect_and_gc_know_column_sets(tmp_path: Path, capsys: pytest.C
     assert capsys.readouterr().out.count("all is well") == 3
     assert main(["verify", store.root_uri, "--quick"]) == 0
     assert main(["gc", store.root_uri]) == 0
+    capsys.readouterr()
+    assert main(["urls", store.root_uri]) == 0
+    tables = [pq.read_table(url) for url in capsys.readouterr().out.splitlines()]
+    assert sum(table.num_rows for table in tables) == 2 + 3
     assert main(["inspect", base.root_uri, "--json"]) == 0
     assert main(["inspect", store.root_uri]) == 0
     said = capsys.readouterr().out

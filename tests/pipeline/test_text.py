@@ -197,6 +197,10 @@ def _no_tokenizer(folder: Path) -> None:
             path.unlink()
 
 
+def _adapter(folder: Path) -> None:
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+
+
 def _bad_json(folder: Path) -> None:
     (folder / "config.json").write_text("{")
 
@@ -216,6 +220,7 @@ def _empty(folder: Path) -> None:
         (_cut_weights, "cannot be loaded"),
         (_no_tokenizer, "no tokenizer in"),
         (_bad_json, "cannot be read as JSON"),
+        (_adapter, "merge it into the model"),
         (_empty, "neither config.json nor text_encoder/config.json"),
     ],
 )
