@@ -6,12 +6,12 @@ in a virtual environment of its own: --litdata-python names its interpreter; wit
 Every reader gives the same: batches of 8 of one shape, shuffled, float32 and scaled, with caption and key, from the
 same latents: those of the real clips of the tests, encoded by the model "small" (float16; 4 of its 32 channels, as
 Stable Diffusion has them: 40 KB, so that what a sample costs beside its bytes shows), multiplied as in bench_layout.
-Latentmill reads its Parquet (zstd) with windows of 64 MiB and checks every SHA-256; WebDataset reads Latentmill's tars
-through a shuffle buffer of 1,000; LitData reads its own chunks of 64 MB, written by its own writer, and checks nothing.
-From the object store each begins with an empty cache. Every measurement is a process of its own; the readers take
-turns, the median of the rounds counts, and rates are from the first batch to the end of the first epoch. Memory comes
-from a run of its own: the proportional set size (PSS) of the process and its workers at its highest, less what it was
-after the imports.
+Latentmill reads its Parquet (zstd) with windows of 32 MiB and checks every SHA-256 in the first epoch; WebDataset reads
+Latentmill's tars through a shuffle buffer of 1,000; LitData reads its own chunks of 64 MB, written by its own writer,
+and checks nothing. From the object store each begins with an empty cache; WebDataset has none. Every measurement is a
+process of its own; the readers take turns, the median of the rounds counts, and rates are from the first batch to the
+end of the third epoch. Memory comes from a run of its own: the proportional set size (PSS) of the process and its
+workers at its highest, less what it was after the imports.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests")]
 
 BATCH_SIZE = 8
+NUM_EPOCHS = 3
 READERS = ("latentmill", "webdataset", "litdata")
 SCALE, SHIFT = 0.5, 0.25
 BUCKET = "latents"
@@ -47,6 +48,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--litdata-python", help="interpreter of an environment with litdata")
     parser.add_argument("--shards", type=int, default=32, help="shards of 256 rows, 10 MB each")
+    parser.add_argument("--keep", help="a folder for the latents, used again where they are there already")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--parts", default="rates,fly,first,plan", help="which tables, comma-separated")
     parser.add_argument("--child", help="internal: one measurement, as JSON")
@@ -79,11 +81,16 @@ def measured(python: str, **task: Any) -> dict[str, Any]:
 def print_rates(arguments: argparse.Namespace, folder: Path) -> None:
     from servers import s3_client, seaweed
 
-    num_rows = write_latents(str(folder / "latents"), arguments.shards, 256, "both")
+    folder = Path(arguments.keep or folder)
+    num_rows = arguments.shards * 256
+    if not (folder / "latents").exists():
+        write_latents(str(folder / "latents"), arguments.shards, 256, "both")
     pythons = {"latentmill": sys.executable, "webdataset": sys.executable}
     if arguments.litdata_python:
         pythons["litdata"] = arguments.litdata_python
-        measured(arguments.litdata_python, what="write_litdata", source=str(folder / "latents"), to=str(folder / "lit"))
+        if not (folder / "lit").exists():
+            paths = {"source": str(folder / "latents"), "to": str(folder / "lit")}
+            measured(arguments.litdata_python, what="write_litdata", **paths)
     with seaweed([BUCKET]) as (_, env):
         os.environ.update(env)
         client = s3_client(env)
@@ -105,7 +112,7 @@ def print_rates(arguments: argparse.Namespace, folder: Path) -> None:
                         shutil.rmtree(cache, ignore_errors=True)
                         watch = turn == arguments.rounds
                         run = measured(python, what=name, root=root, workers=workers, cache=str(cache), watch=watch)
-                        assert run["num_samples"] == num_rows, f"{name} gave {run['num_samples']} of {num_rows}"
+                        assert run["num_samples"] == NUM_EPOCHS * num_rows, f"{name} gave {run['num_samples']}"
                         found[name].append(run)
                 rate = {name: statistics.median(run["rate"] for run in runs[:-1]) for name, runs in found.items()}
                 cpu = {name: statistics.median(run["cpu_us"] for run in runs[:-1]) for name, runs in found.items()}
@@ -185,26 +192,31 @@ def peak_memory(is_watched: bool) -> Iterator[list[float]]:
         thread.join()
 
 
-def rate_of(make_batches: Any, is_watched: bool) -> dict[str, Any]:
-    """Samples a second from the first batch to the end of an epoch, and the processor's time for each of them."""
+def rate_of(make_loader: Any, task: dict[str, Any]) -> dict[str, Any]:
+    """Samples a second from the first batch to the end of the last epoch, and the processor's time for each of them."""
 
     def cpu_s() -> float:
         usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
         return sum(entry.ru_utime + entry.ru_stime for entry in usage)
 
     cpu_before_s = cpu_s()
-    with peak_memory(is_watched) as peak:
+    with peak_memory(task["watch"]) as peak:
         num_samples = num_timed = 0
         started = None
-        for batch in make_batches():
-            if started is None:
-                started = time.perf_counter()
-            else:
-                num_timed += len(batch["key"])
-            num_samples += len(batch["key"])
-            assert str(batch["latents"].dtype) == "torch.float32"
+        loader, set_epoch = make_loader()
+        for epoch in range(NUM_EPOCHS):
+            set_epoch(epoch)
+            for batch in loader:
+                if started is None:
+                    started = time.perf_counter()
+                else:
+                    num_timed += len(batch["key"])
+                num_samples += len(batch["key"])
+                assert str(batch["latents"].dtype) == "torch.float32"
         assert started is not None
         seconds = time.perf_counter() - started
+        # Its workers end, and their time counts.
+        del loader, set_epoch
     return {
         "num_samples": num_samples,
         "rate": num_timed / seconds,
@@ -213,18 +225,22 @@ def rate_of(make_batches: Any, is_watched: bool) -> dict[str, Any]:
     }
 
 
+def _workers(task: dict[str, Any]) -> dict[str, Any]:
+    return {"num_workers": task["workers"], "persistent_workers": task["workers"] > 0}
+
+
 def read_latentmill(task: dict[str, Any]) -> dict[str, Any]:
     from torch.utils.data import DataLoader
 
     from pipeline import LatentDataset
 
-    def batches() -> Any:
+    def loader() -> Any:
         dataset = LatentDataset(
-            f"{task['root']}/latents", batch_size=BATCH_SIZE, cache_dir=task["cache"], window_bytes=64 << 20
+            f"{task['root']}/latents", batch_size=BATCH_SIZE, cache_dir=task["cache"], window_bytes=32 << 20
         )
-        return DataLoader(dataset, batch_size=None, num_workers=task["workers"])
+        return DataLoader(dataset, batch_size=None, **_workers(task)), dataset.set_epoch
 
-    return rate_of(batches, task["watch"])
+    return rate_of(loader, task)
 
 
 def read_webdataset(task: dict[str, Any]) -> dict[str, Any]:
@@ -232,7 +248,7 @@ def read_webdataset(task: dict[str, Any]) -> dict[str, Any]:
 
     from pipeline.dataset import data_urls
 
-    def batches() -> Any:
+    def loader() -> Any:
         urls = data_urls(f"{task['root']}/latents", "webdataset")
         if task["root"].startswith("s3://"):
             urls = [f"pipe:curl -s -f '{_presigned(url)}'" for url in urls]
@@ -243,9 +259,9 @@ def read_webdataset(task: dict[str, Any]) -> dict[str, Any]:
             .to_tuple("__key__", "latent.npy", "txt")
             .batched(BATCH_SIZE, collation_fn=_collated)
         )
-        return wds.WebLoader(dataset, batch_size=None, num_workers=task["workers"])
+        return wds.WebLoader(dataset, batch_size=None, **_workers(task)), lambda epoch: None
 
-    return rate_of(batches, task["watch"])
+    return rate_of(loader, task)
 
 
 def _presigned(url: str) -> str:
@@ -259,18 +275,19 @@ def _presigned(url: str) -> str:
 def read_litdata(task: dict[str, Any]) -> dict[str, Any]:
     import litdata
 
-    def batches() -> Any:
+    def loader() -> Any:
         options = {}
         if task["root"].startswith("s3://"):
             options = {"storage_options": {"endpoint_url": os.environ["AWS_ENDPOINT_URL"], "region_name": "us-east-1"}}
         dataset = litdata.StreamingDataset(
             f"{task['root']}/lit", shuffle=True, seed=0, cache_dir=task["cache"], drop_last=False, **options
         )
-        return litdata.StreamingDataLoader(
-            dataset, batch_size=BATCH_SIZE, num_workers=task["workers"], collate_fn=_collated, drop_last=False
+        loader = litdata.StreamingDataLoader(
+            dataset, batch_size=BATCH_SIZE, collate_fn=_collated, drop_last=False, **_workers(task)
         )
+        return loader, lambda epoch: None
 
-    return rate_of(batches, task["watch"])
+    return rate_of(loader, task)
 
 
 def write_litdata(task: dict[str, Any]) -> dict[str, Any]:
