@@ -100,7 +100,8 @@ class Example:
 
     def facts(self) -> dict[str, Any]:
         """All but the pictures, JSON-safe."""
-        return {name: value for name, value in asdict(self).items() if name not in ("picture", "still")}
+        facts = {name: value for name, value in asdict(self).items() if name not in ("picture", "still")}
+        return facts | {"panels": list(self.panels)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -281,6 +282,7 @@ def _sitting(moments: Sequence[tuple[float, int]]) -> dict[str, Any]:
     return {
         "first": _moment(moments[0][0]),
         "last": _moment(moments[-1][0]),
+        "seconds": seconds,
         "num_records": len(moments),
         "num_clips": sum(number for _, number in moments),
         "clips_per_s": after_first / seconds if seconds else None,
@@ -289,10 +291,10 @@ def _sitting(moments: Sequence[tuple[float, int]]) -> dict[str, Any]:
 
 def _throughput(moments: Sequence[tuple[float, int]]) -> dict[str, Any] | None:
     """Clips in equal spans of one sitting; None where it has too few records to show a course."""
-    if len(moments) < 8 or moments[-1][0] - moments[0][0] < 8:
+    if len(moments) < 12 or moments[-1][0] - moments[0][0] < 8:
         return None
     begin, end = moments[0][0], moments[-1][0]
-    num_bins = min(_MOST_BINS, len(moments) // 2)
+    num_bins = min(_MOST_BINS, len(moments) // 3)
     span_s = (end - begin) / num_bins
     clips = [0] * num_bins
     for moment, number in moments[1:]:

@@ -103,7 +103,7 @@ dd { margin: 0; }
 .mean { background: var(--ink); border-radius: 1px; height: 100%; position: absolute; width: 3px; }
 table { border-collapse: collapse; font-size: .9375rem; font-variant-numeric: tabular-nums; }
 .wide { overflow-x: auto; margin-bottom: .75rem; }
-th, td { border-bottom: 1px solid var(--rule); padding: .3rem 1rem .3rem 0; text-align: left; white-space: nowrap; }
+th, td { border-bottom: 1px solid var(--rule); padding: .3rem .8rem .3rem 0; text-align: left; white-space: nowrap; }
 th { color: var(--faint); font-weight: 500; }
 .number { text-align: right; }
 .gallery { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 20rem), 1fr)); }
@@ -115,6 +115,8 @@ th { color: var(--faint); font-weight: 500; }
 .panels { color: var(--faint); display: flex; font-size: .8125rem; line-height: 1.3; margin: 0 auto; padding-top: .3rem;
   text-align: center; width: 100%; }
 .panels span { flex: 1 1 0; min-width: 0; }
+summary .caption { display: inline; }
+details[open] > summary .caption { display: none; }
 .more { margin-top: 1rem; } .more > summary { margin-bottom: 1rem; }
 .caption { color: var(--ink); display: block; font-size: .9375rem; unicode-bidi: isolate; }
 details > summary { cursor: pointer; }
@@ -263,19 +265,19 @@ def _gallery(document: Mapping[str, Any], pictures: Pictures) -> str:
 
 def _example(example: Mapping[str, Any], picture: bytes, still: bytes) -> str:
     panels = "".join(f"<span>{_text(_PANELS[name])}</span>" for name in example["panels"])
-    where = f"{example['key']}, clip {example['clip_index']}"
+    where, width_px = f"{example['key']}, clip {example['clip_index']}", example["width_px"]
     facts = [example["bucket"]]
     if example["fps"]:
         facts.append(f"{example['start_s']:.2f}\u2013{example['end_s']:.2f} s")
     if example["psnr_db"] is not None:
         facts.insert(0, f"PSNR {example['psnr_db']:.1f} dB")
     if example["why_no_original"]:
-        facts.append(f"no original: {example['why_no_original']}")
+        facts.append("no original")
     alt = f"{where}: {' beside '.join(_PANELS[name] for name in example['panels'])}"
     return (
         f'<figure class="example"><picture><source media="(prefers-reduced-motion: reduce)" srcset="{_uri(still)}">'
-        f'<img alt="{_text(alt)}" src="{_uri(picture)}" width="{example["width_px"]}" height="{example["height_px"]}" '
-        f'decoding="async"></picture><div class="panels" style="max-width:{example["width_px"]}px">{panels}</div>'
+        f'<img alt="{_text(alt)}" src="{_uri(picture)}" width="{width_px}" height="{example["height_px"]}" '
+        f'decoding="async"></picture><div class="panels" style="max-width:max(9rem,{width_px}px)">{panels}</div>'
         f'<figcaption>{_caption(example["caption"])}<div title="{_text(example["source_uri"])}">{_text(where)}</div>'
         f"<div>{_text(' · '.join(facts))}</div></figcaption></figure>"
     )
@@ -477,13 +479,13 @@ def _time(document: Mapping[str, Any]) -> str:
     if not found["sittings"]:
         return ""
     rows = "".join(
-        f"<tr><td>{_text(one['first'])}</td><td>{_text(one['last'])}</td>"
+        f'<tr><td>{_text(one["first"][:-3])}</td><td class="number">{_span(one["seconds"])}</td>'
         f'<td class="number">{one["num_records"]:,}</td><td class="number">{one["num_clips"]:,}</td>'
         f'<td class="number">{_rate(one["clips_per_s"])}</td></tr>'
         for one in found["sittings"]
     )
     table = (
-        '<div class="wide"><table><tr><th>first shard done (UTC)</th><th>last</th><th class="number">shards</th>'
+        '<div class="wide"><table><tr><th>from (UTC)</th><th class="number">for</th><th class="number">shards</th>'
         f'<th class="number">clips</th><th class="number">clips/s</th></tr>{rows}</table></div>'
     )
     pauses = "the last ten of " if found["num_sittings"] > len(found["sittings"]) else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -42,7 +43,8 @@ def test_inspect_says_what_an_output_holds(output: Path, capsys: pytest.CaptureF
     assert (found["files"]["parquet files"], found["files"]["rejected files"]) == (2, 1)
     assert main(["inspect", str(output)]) == 0
     text = capsys.readouterr().out
-    assert "num_records              3" in text
+    assert re.search(r"^  num_records +3$", text, re.MULTILINE)
+    assert re.search(r"^BUCKETS\n  32x24x9 +3$", text, re.MULTILINE)
     assert found["fingerprint"] in text
 
 
