@@ -120,7 +120,7 @@ def strike(
     chance = random.Random(seed)
     source = put_inputs(env)
     clean = _output()
-    _Driver(source, clean, "clean", env).end()
+    Driver(source, clean, "clean", env).end()
     expected = _verdict(source, clean, env, {}).files
     result = StoreResult()
     # Where coverage is what is asked for, what is frequent must not take all the time.
@@ -145,12 +145,12 @@ def _round(
 ) -> None:
     output, seen = _output(), dict[str, str]()
     names = [f"{chance.random()}" for _ in range(NUM_DRIVERS)]
-    drivers = [_Driver(source, output, name, spoiled) for name in names]
+    drivers = [Driver(source, output, name, spoiled) for name in names]
     time.sleep(chance.uniform(1.5, 4))
     # One driver dies and is started again; another stands still while the rest goes on, and then writes late.
     drivers[0].kill()
     result.process_faults["driver"] += 1
-    drivers[0] = _Driver(source, output, names[0], spoiled)
+    drivers[0] = Driver(source, output, names[0], spoiled)
     frozen = drivers[1].process
     if frozen.poll() is None:
         frozen.send_signal(signal.SIGSTOP)
@@ -166,7 +166,7 @@ def _output() -> str:
     return f"s3://latents/{uuid.uuid4().hex[:12]}"
 
 
-class _Driver:
+class Driver:
     """A running `writer` and what it says."""
 
     def __init__(self, source: str, output: str, name: str, env: Mapping[str, str]) -> None:
@@ -191,7 +191,7 @@ class _Driver:
         self._log.close()
 
 
-def _end(drivers: list[_Driver]) -> None:
+def _end(drivers: list[Driver]) -> None:
     try:
         for driver in drivers:
             driver.end()

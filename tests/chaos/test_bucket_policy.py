@@ -16,7 +16,7 @@ import pytest
 from botocore.exceptions import ClientError
 from builders import CLIP_VIDEOS, pack_clips
 from chaos.policy import BucketPolicy
-from chaos.store_faults import proxy_process, report_of
+from chaos.store_faults import Driver, proxy_process, put_inputs, report_of
 from conftest import SeaweedFS
 from integration.jobs_under_test import SMALL, run_job
 from servers import FaultProxy, s3_client
@@ -59,7 +59,17 @@ def test_data_is_written_by_writers_removed_by_the_collector_and_read_by_all() -
     assert not _may("stranger", "GET", key)
 
 
+def test_a_driver_asks_for_nothing_that_the_policy_denies_a_writer(seaweedfs: SeaweedFS) -> None:
+    source, output = put_inputs(seaweedfs.env), seaweedfs.root()
+    with proxy_process(seaweedfs.endpoint, "--policy", str(POLICY), "--role", "latentmill-writer") as proxy:
+        Driver(source, output, "writer", {**seaweedfs.env, "AWS_ENDPOINT_URL": proxy}).end()
+        report = report_of(proxy)
+    assert report["requests"] > 50
+    assert report["denied"] == []
+
+
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_whole_run_asks_for_nothing_that_the_policy_denies_a_writer(
     seaweedfs: SeaweedFS, ray_home: Mapping[str, str], tmp_path: Path
 ) -> None:
