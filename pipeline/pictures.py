@@ -121,7 +121,7 @@ def side_by_side(
         fps: of the clips, so that they take their true time.
         panel_px: the longer side of each; nothing is enlarged beyond it.
         max_frames: of the picture; of longer clips every n-th frame is shown.
-        max_bytes: quality goes down until the animation fits, then frames are left out.
+        max_bytes: quality goes down until the animation fits, then frames are left out, down to three.
     """
     num_frames = len(clips[0])
     step = max(1, -(-num_frames // max_frames))
