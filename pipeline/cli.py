@@ -397,7 +397,10 @@ def _report(arguments: argparse.Namespace) -> None:
         say=say,
     )
     text = page(found.document, [(example.picture, example.still) for example in found.examples])
-    arguments.output.write_text(text, encoding="utf-8")
+    try:
+        arguments.output.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"{arguments.output} cannot be written: {error.strerror or error}") from error
     for note in found.document["notes"]:
         print(f"note: {printable(note)}", file=sys.stderr)
     if arguments.json:

@@ -198,6 +198,8 @@ def _bytes(number: float) -> str:
 
 
 def _span(seconds: float) -> str:
+    if not seconds:
+        return "\u2013"
     if seconds < 120:
         return f"{seconds:,.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
     return f"{seconds / 60:,.0f} min" if seconds < 7200 else f"{seconds / 3600:,.1f} h"

@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 import torch
 from browser import CHROMIUM, Shown, chromium, show
-from builders import CLIPS
+from builders import CLIP_VIDEOS, CLIPS, pack_clips
+from commits import make_commit
 from PIL import Image, ImageSequence
 
 from pipeline.cli import main
@@ -25,6 +26,7 @@ from pipeline.codec import ClipEncoder
 from pipeline.commit import open_dataset, publish_snapshot
 from pipeline.config import parse_arguments
 from pipeline.decode import DecodePool
+from pipeline.originals import Originals
 from pipeline.pictures import side_by_side
 from pipeline.plan import plan_shards
 from pipeline.records import Bucket, DatasetManifest, LatentRecord
@@ -130,6 +132,39 @@ def test_a_source_that_changed_or_went_is_not_compared_and_that_is_said(encoded:
     assert compared[VIDEOS[1]] is None
     assert found.document["quality"]["why_no_original"]
     assert "without an original" in _page(found)
+
+
+def test_clips_of_a_tar_are_found_again_unless_the_tar_changed_or_the_time_is_over(tmp_path: Path) -> None:
+    (tar,) = pack_clips(tmp_path / "in", 1, CLIP_VIDEOS[:3])
+    flags = ["--input", str(tar), "--output", str(tmp_path / "out"), "--model", "small", "--buckets", "64x64x5"]
+    config = parse_arguments([*flags, "--clips-per-video", "2"])
+    store = open_store(config.run.output)
+    (spec,) = plan_shards(config.source, store)
+    stated = {"source_size_bytes": spec.source_size_bytes, "source_etag": spec.source_etag}
+    commit = make_commit(spec.shard_id, source_uri=spec.source_uri, **stated)
+    with Originals(store, config.encoding, {}, budget_s=600) as originals:
+        wanted = {("000000001", 1), ("000000000", 0)}
+        found = originals.find(commit, wanted)
+        assert (found.clips.keys(), found.why_not) == (wanted, None)
+        assert found.clips["000000001", 1].frames.shape == (5, 64, 64, 3)
+        missing = originals.find(commit, {("000000001", 7)})
+        assert not missing.clips
+        assert missing.why_not is not None
+        tar.write_bytes(tar.read_bytes() + bytes(512))
+        assert "changed since" in str(originals.find(commit, wanted).why_not)
+        tar.unlink()
+        assert "is gone" in str(originals.find(commit, wanted).why_not)
+    with Originals(store, config.encoding, {}, budget_s=-1) as originals:
+        assert "time" in str(originals.find(commit, wanted).why_not)
+
+
+def test_an_output_in_a_bucket_is_reported_like_one_in_a_folder(s3_env: Any) -> None:
+    root = s3_env.root()
+    latents.output(root, [[latents.record("a")], [latents.record("b")]])
+    found = report(root, with_originals=False)
+    assert found.document["sample"]["num_clips"] == 2
+    assert {example.key for example in found.examples} == {"a", "b"}
+    assert found.document["output"] == root
 
 
 def test_accounts_rejections_and_buckets_are_those_of_the_records(tmp_path: Path) -> None:
@@ -301,7 +336,8 @@ _SEEN = """(() => { const box = document.documentElement;
     ground: getComputedStyle(document.body).backgroundColor} })()"""
 
 
-async def _decoded_images(shown: Shown) -> dict[str, Any]:
+async def _all_opened(shown: Shown) -> dict[str, Any]:
+    await shown.evaluate("document.querySelectorAll('details').forEach(d => { d.open = true })")
     await shown.evaluate("Promise.all([...document.images].map(i => i.decode()))")
     return dict(await shown.evaluate(_SEEN))
 
@@ -316,7 +352,7 @@ def test_a_browser_shows_all_of_it_without_a_complaint_and_nothing_runs_over_the
         path.write_text(_page(found), encoding="utf-8")
         for scheme in ("light", "dark"):
             media = {"prefers-color-scheme": scheme}
-            shown, seen = show(debugger, path.as_uri(), _decoded_images, width_px=width_px, media=media)
+            shown, seen = show(debugger, path.as_uri(), _all_opened, width_px=width_px, media=media)
             assert shown.complaints == []
             assert seen["scroll"] <= seen["width"] <= width_px
             assert len(seen["images"]) == len(found.examples)
