@@ -43,7 +43,7 @@ def _ask(address: str, path: str, **query: Any) -> Any:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1500)
 def test_every_panel_returns_data_of_a_real_run(ray_home: Mapping[str, str], tmp_path: Path) -> None:
     prometheus = debian_tool("prometheus", "prometheus")
     pushgateway = debian_tool("prometheus-pushgateway", "prometheus-pushgateway")
@@ -71,7 +71,7 @@ def test_every_panel_returns_data_of_a_real_run(ray_home: Mapping[str, str], tmp
         _server([prometheus, *watch, f"--web.listen-address={server}"], f"http://{server}/-/ready", tmp_path / "log"),
     ):
         with RunningJob(flags, ray_home) as job:
-            outcome = job.end(timeout_s=600)
+            outcome = job.end(timeout_s=1200)
         assert outcome.code == 0, outcome.said
         deadline = time.monotonic() + 60
         while not _ask(server, "query", query="latentmill_last_run_exit_code")["result"]:
