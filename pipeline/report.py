@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -323,8 +324,9 @@ def _rejections(
                 wanted[reason] -= 1
         if not any(wanted.values()):
             break
-    examples: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    found: dict[str, list[list[dict[str, Any]]]] = defaultdict(list)
     for shard in chosen:
+        of_shard: dict[str, list[dict[str, Any]]] = defaultdict(list)
         try:
             is_one = len(shard.commits) == 1
             failures = (
@@ -334,8 +336,8 @@ def _rejections(
             say(f"rejections of shard {shard.shard_id} cannot be read: {error}")
             continue
         for failure in failures:
-            if len(examples[failure.reason]) < _REJECTIONS_PER_REASON:
-                examples[failure.reason].append(
+            if len(of_shard[failure.reason]) < _REJECTIONS_PER_REASON:
+                of_shard[failure.reason].append(
                     {
                         "key": failure.key,
                         "clip_index": failure.clip_index,
@@ -344,8 +346,20 @@ def _rejections(
                         "source_uri": shown_uri(failure.source_uri),
                     }
                 )
+        for reason, ones in of_shard.items():
+            found[reason].append(ones)
+    # One of each shard before a second of any.
+    examples = {
+        reason: [one for turn in zip_longest(*lists) for one in turn if one is not None]
+        for reason, lists in found.items()
+    }
     return [
-        {"reason": reason, "meaning": REASONS.get(reason, ""), "number": number, "examples": examples[reason]}
+        {
+            "reason": reason,
+            "meaning": REASONS.get(reason, ""),
+            "number": number,
+            "examples": examples.get(reason, [])[:_REJECTIONS_PER_REASON],
+        }
         for reason, number in totals.most_common()
         if number
     ]
@@ -581,11 +595,12 @@ class _Gallery:
         for row in sample.rows:
             by_file[row.file_key].append(row)
         made: dict[int, Example] = {}
+        unread = "sources were not read, as asked" if budget_s is None else "sources were not read"
         with self._originals(budget_s, notes) as originals:
             for file_key, rows in by_file.items():
                 commit = commits[file_key]
                 found = (
-                    FoundClips(clips={}, why_not="sources were not read")
+                    FoundClips(clips={}, why_not=unread)
                     if originals is None
                     else originals.find(commit, {row.name for row in rows})
                 )
@@ -596,7 +611,6 @@ class _Gallery:
 
     def _originals(self, budget_s: float | None, notes: list[str]) -> AbstractContextManager[Originals | None]:
         if budget_s is None:
-            notes.append("Sources were not read, as asked: clips are shown without their originals.")
             return nullcontext()
         try:
             encoding = encoding_of(self._manifest, self._manifest.model.model)

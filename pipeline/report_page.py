@@ -127,7 +127,8 @@ pre { background: var(--ground); border-radius: .5rem; font-size: .8125rem; over
 footer { margin-top: 1.5rem; }
 @media (max-width: 30rem) { body { padding: 1rem .6rem 2rem; } section { padding: 1rem .8rem; }
   dl { grid-template-columns: 7rem minmax(0, 1fr); gap: .25rem .75rem; }
-  .channel { grid-template-columns: 1.4rem minmax(3rem, 1fr) 7.5rem; } }
+  .channel { grid-template-columns: 1.4rem minmax(3rem, 1fr) 7.5rem; }
+  table { font-size: .8125rem; } th, td { padding-right: .45rem; } }
 @media print { body { background: #fff; } section, .example { break-inside: avoid; } }
 """
 
