@@ -15,6 +15,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 _ROOT = str(Path(__file__).resolve().parent.parent)
 if _ROOT not in sys.path:
@@ -54,7 +55,18 @@ def read_job(argv: Sequence[str]) -> TuningJob:
         raise UsageError(
             f"--tune {job.model.tune}: a model that starts at random (--model-config) learns as a whole, --tune all"
         )
-    return replace(job, work=checked_work(job.work))
+    # Workers of Ray Train have working directories of their own.
+    data = replace(job.data, latents=_whole(job.data.latents), validation=_whole(job.data.validation))
+    model = replace(job.model, model=_whole(job.model.model), model_config=_whole(job.model.model_config))
+    look = replace(job.look, vae=_whole(job.look.vae))
+    return replace(job, data=data, model=model, look=look, work=checked_work(job.work))
+
+
+def _whole(place: Any) -> Any:
+    """The absolute path of what lies on this machine; anything else, such as a hub id, as it is."""
+    if place is None or not Path(place).expanduser().exists():
+        return place
+    return os.path.abspath(Path(place).expanduser())
 
 
 def main(argv: Sequence[str]) -> int:
