@@ -96,8 +96,8 @@ class LatentDataset(IterableDataset[dict[str, Any]]):
     state, for the same number of workers and ranks; "cursor" fits any number.
 
     Files are fetched and checked in the background before their rows are due. In memory are decoded rows of about twice
-    `window_bytes` at most, for all workers of a rank together (1, 2 or 4; others hold as much each); in the background
-    up to `window_bytes` of files are on their way to the cache.
+    `window_bytes` (or eight row groups of 16 MiB, if that is more), for all workers of a rank together (1, 2 or 4;
+    others hold as much each); in the background up to `window_bytes` of files are on their way to the cache.
 
     Args:
         uri: a local folder or s3://bucket/prefix.
@@ -391,6 +391,7 @@ class LatentDataset(IterableDataset[dict[str, Any]]):
             # A batch may still hold rows of the window before the current one.
             max_open_files=2 * WINDOW_FILES * num_lanes // LANES,
             window_bytes=self._window_bytes * num_lanes // LANES,
+            num_lanes=num_lanes,
         )
 
     def stats(self, num_samples: int | None = None) -> LatentStats:

@@ -67,6 +67,7 @@ class RowReader:
         wanted: the filter that the files were planned with, and the columns that it may name.
         max_open_files: files that stay open.
         window_bytes: twice as much is kept of decoded row groups, and as much of files is fetched ahead.
+        num_lanes: read by turns; two row groups of each are kept, however large.
     """
 
     def __init__(
@@ -79,6 +80,7 @@ class RowReader:
         wanted: tuple[pc.Expression, pa.Schema] | None,
         max_open_files: int,
         window_bytes: int,
+        num_lanes: int,
     ) -> None:
         self.pid = os.getpid()
         self._store = store
@@ -89,7 +91,7 @@ class RowReader:
         self._wanted = wanted
         self._window_bytes = window_bytes
         self._files: _Recent[OpenFile] = _Recent(max_open_files)
-        self._groups: _Recent[list[StoredRecord]] = _Recent(2 * window_bytes)
+        self._groups: _Recent[list[StoredRecord]] = _Recent(2 * window_bytes, at_least=2 * num_lanes)
 
     def read(self, batches: Iterable[PlannedBatch]) -> Iterator[tuple[PlannedBatch, list[StoredRecord]]]:
         """The batches with their rows; meanwhile files of later ones are fetched, up to `window_bytes` not used yet.
@@ -102,9 +104,11 @@ class RowReader:
         ahead: deque[tuple[PlannedBatch, int]] = deque()
         num_bytes = 0
         is_over = False
+        # The first batch comes sooner when its files are fetched alone.
+        num_ahead = 1
         with _Background(self) as background:
             while True:
-                while not is_over and len(ahead) < _BATCHES_AHEAD and num_bytes < self._window_bytes:
+                while not is_over and len(ahead) < num_ahead and num_bytes < self._window_bytes:
                     batch = next(batches, None)
                     if batch is None:
                         is_over = True
@@ -121,6 +125,7 @@ class RowReader:
                     background.begin_groups(ahead[_BATCHES_DECODED_AHEAD - 1][0])
                 places = zip(batch.files, batch.numbers, strict=True)
                 yield batch, [self.record(file, batch.bucket, number, background) for file, number in places]
+                num_ahead = _BATCHES_AHEAD
 
     def record(self, file: int, bucket: str, number: int, background: _Background | None = None) -> StoredRecord:
         """The row with this number among the rows of the bucket that count in the file; raises as `read` does."""
@@ -247,10 +252,11 @@ class _Background:
 
 
 class _Recent(Generic[_V]):
-    """Values by key, the least recently used dropped while their weights are over a limit (one always stays)."""
+    """Values by key, the least recently used dropped while their weights are over a limit; so many always stay."""
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, at_least: int = 1) -> None:
         self._limit = limit
+        self._at_least = at_least
         self._weight = 0
         self._entries: OrderedDict[Hashable, tuple[_V, int]] = OrderedDict()
 
@@ -264,7 +270,7 @@ class _Recent(Generic[_V]):
         value = load()
         self._entries[key] = value, weigh(value)
         self._weight += self._entries[key][1]
-        while self._weight > self._limit and len(self._entries) > 1:
+        while self._weight > self._limit and len(self._entries) > self._at_least:
             self._weight -= self._entries.popitem(last=False)[1][1]
         return value
 
