@@ -10,6 +10,7 @@ import shutil
 import signal
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import encoders
 import numpy as np
@@ -19,6 +20,7 @@ from builders import CLIP_STILLS, CLIP_VIDEOS, pack_clips
 from integration.jobs_under_test import ROOT, SMALL, Outcome, RunningJob, data_digests, run_job, tree_of
 from transformers import AutoTokenizer, BertModel
 
+from jobs.encode_laion import main as encode
 from jobs.encode_text import main as encode_text
 from pipeline.cli import main as latentmill
 from pipeline.columns import ColumnSet
@@ -115,17 +117,22 @@ def test_every_clip_has_the_embedding_of_its_own_first_frame(
 
 
 def test_the_same_command_again_changes_nothing_and_other_encoders_are_refused(
-    encoded: tuple[Path, Outcome], flags: list[str], ray_home: Mapping[str, str], tmp_path: Path
+    encoded: tuple[Path, Outcome], flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Nothing is left to do, so that no Ray is started."""
     output, _ = encoded
     before = tree_of(output)
-    assert _run([*flags, "--output", str(output)], ray_home, tmp_path).code == 0
-    t5 = str(encoders.t5(tmp_path / "t5"))
-    other = _run([*flags, "--output", str(output), "--text-encoder", t5], ray_home, tmp_path)
-    assert (other.code, list(other.result["differences"])) == (3, ["text.weights_sha256"])
-    without = _run([*flags[:-4], "--output", str(output)], ray_home, tmp_path)
-    assert (without.code, without.result["differences"]) == (3, {"column_sets": [["image", "text"], []]})
-    assert "encode_text.py" in without.result["message"]
+
+    def run(*more: str) -> tuple[int, dict[str, Any]]:
+        code = encode([*more, "--output", str(output), "--progress", "plain"])
+        return code, json.loads(capsys.readouterr().out.splitlines()[-1])
+
+    assert run(*flags)[0] == 0
+    code, result = run(*flags, "--text-encoder", str(encoders.t5(tmp_path / "t5")))
+    assert (code, list(result["differences"])) == (3, ["text.weights_sha256"])
+    code, result = run(*flags[:-4])
+    assert (code, result["differences"]) == (3, {"column_sets": [["image", "text"], []]})
+    assert "encode_text.py" in result["message"]
     assert tree_of(output) == before
 
 

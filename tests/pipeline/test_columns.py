@@ -242,10 +242,8 @@ def test_a_reader_can_be_pickled_and_forked(tmp_path: Path, cache: FileCache) ->
     expected = hashlib.sha256(texts.caption("s000", "a red ball").tobytes()).hexdigest()
     thawed = pickle.loads(pickle.dumps(texts))
     assert hashlib.sha256(thawed.caption("s000", "a red ball").tobytes()).hexdigest() == expected
-    for method in ("fork", "spawn"):
-        context = multiprocessing.get_context(method)
-        with context.Pool(1) as pool:
-            assert pool.apply(_digest_of, (texts, "s000", "a red ball")) == expected
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        assert pool.apply(_digest_of, (texts, "s000", "a red ball")) == expected
 
 
 def _digest_of(texts: ColumnSet, shard_id: str, caption: str) -> str:
