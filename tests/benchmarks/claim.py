@@ -1,6 +1,6 @@
 """The claim at small scale: a text-to-video model moves into the latents of a compatible video VAE almost for nothing.
 
-    PYTHONPATH=.:tests python tests/benchmarks/claim.py --teacher FOLDER --output FOLDER [--base-steps 600] [--steps 48]
+    PYTHONPATH=.:tests python tests/benchmarks/claim.py --teacher FOLDER --output FOLDER [--base-steps 720] [--steps 48]
 
 Run by `make claim TEACHER=FOLDER`; pytest runs two steps of it. The claim is CV-VAE's (arXiv 2405.20279, section 4.3):
 a model that was trained on an image VAE's latents works on those of a video VAE made compatible with it, after little
@@ -497,15 +497,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--held-out", type=int, default=16, help="to validate on, and captions of the videos")
     parser.add_argument("--size", type=int, default=48, help="side in pixels")
     parser.add_argument("--width", type=int, default=32, help="channels of the model's first level")
-    parser.add_argument("--base-steps", type=int, default=600)
+    parser.add_argument("--base-steps", type=int, default=720)
     parser.add_argument("--steps", type=int, default=48, help="of each tuning")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--base-lr", type=float, default=1.5e-3)
     parser.add_argument("--lr", type=float, default=5e-4, help="of tuning all")
     parser.add_argument("--output-lr", type=float, default=2e-3, help="of tuning the output layer")
-    parser.add_argument("--videos", type=int, default=12, help="that are judged")
+    parser.add_argument("--videos", type=int, default=8, help="that are judged")
     parser.add_argument("--shown", type=int, default=3, help="in the sheet")
-    parser.add_argument("--sample-steps", type=int, default=15)
+    parser.add_argument("--sample-steps", type=int, default=10)
     parser.add_argument("--guidance", type=float, default=3.0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
