@@ -103,29 +103,30 @@ class RowReader:
         batches = iter(batches)
         ahead: deque[tuple[PlannedBatch, int]] = deque()
         num_bytes = 0
-        is_over = False
-        # The first batch comes sooner when its files are fetched alone.
-        num_ahead = 1
         with _Background(self) as background:
-            while True:
-                while not is_over and len(ahead) < num_ahead and num_bytes < self._window_bytes:
+
+            def look_ahead(num_batches: int) -> None:
+                nonlocal num_bytes
+                while len(ahead) < num_batches and num_bytes < self._window_bytes:
                     batch = next(batches, None)
                     if batch is None:
-                        is_over = True
-                    else:
-                        new = [file for file in dict.fromkeys(batch.files) if background.begin_file(file)]
-                        new_bytes = sum(self.data_files[file].stat.num_bytes for file in new)
-                        num_bytes += new_bytes
-                        ahead.append((batch, new_bytes))
-                if not ahead:
-                    return
+                        return
+                    new = [file for file in dict.fromkeys(batch.files) if background.begin_file(file)]
+                    new_bytes = sum(self.data_files[file].stat.num_bytes for file in new)
+                    num_bytes += new_bytes
+                    ahead.append((batch, new_bytes))
+
+            # The first batch comes sooner when its files are fetched alone.
+            look_ahead(1)
+            while ahead:
                 batch, new_bytes = ahead.popleft()
-                num_bytes -= new_bytes
                 if len(ahead) >= _BATCHES_DECODED_AHEAD:
                     background.begin_groups(ahead[_BATCHES_DECODED_AHEAD - 1][0])
                 places = zip(batch.files, batch.numbers, strict=True)
-                yield batch, [self.record(file, batch.bucket, number, background) for file, number in places]
-                num_ahead = _BATCHES_AHEAD
+                records = [self.record(file, batch.bucket, number, background) for file, number in places]
+                num_bytes -= new_bytes
+                look_ahead(_BATCHES_AHEAD)
+                yield batch, records
 
     def record(self, file: int, bucket: str, number: int, background: _Background | None = None) -> StoredRecord:
         """The row with this number among the rows of the bucket that count in the file; raises as `read` does."""
