@@ -38,7 +38,7 @@ def test_damaged_videos_are_recorded_whole_or_rejected_and_never_with_a_frame_tw
 
 
 def test_mutants_that_once_lost_frames_without_a_word_are_told_of_now(judge: VideoJudge) -> None:
-    """Cuts among frames that need each other, a cluster twice, a lost key frame, a damaged index, two frames at once."""
+    """Cuts among frames that need each other, a cluster twice, no key frame, a damaged index, two frames at once."""
     tally = Tally()
     judge.judge((video_mutant(1, number) for number in (88, 264, 268, 325, 400, 409, 412)), tally)
     assert tally.violations == []
