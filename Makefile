@@ -10,7 +10,7 @@ demo: .venv/installed-run
 
 # Two processes: most tests wait as long as they compute. Whole runs on Ray go one after the other (tests/conftest.py).
 test: .venv/installed-test
-	.venv/bin/python -m pytest --numprocesses 2 --dist loadgroup
+	.venv/bin/python -m pytest --numprocesses 2
 
 # make bench LITDATA_PYTHON=/venv/bin/python compares with LitData as well, which has a virtual environment of its own.
 bench: .venv/installed-test
