@@ -15,7 +15,13 @@ from simulation.world import World, local_file
 
 import pipeline.collect
 import pipeline.commit as protocol
-from pipeline.errors import DamagedObjectError, StorageError, StorageNotFoundError, StorageUnavailableError
+from pipeline.errors import (
+    CredentialsExpiredError,
+    DamagedObjectError,
+    StorageError,
+    StorageNotFoundError,
+    StorageUnavailableError,
+)
 from pipeline.records import Commit, FileStat, ShardCounts
 
 Plan = Mapping[str, tuple[str, ...]]
@@ -315,7 +321,7 @@ class Jobs:
         except (_RottenError, _TooLateError):
             return False
         except StorageError as error:
-            if type(error) not in (StorageError, StorageUnavailableError):
+            if type(error) not in (StorageError, StorageUnavailableError, CredentialsExpiredError):
                 raise
             self.world.note(f"failed: {error}")
             return False
