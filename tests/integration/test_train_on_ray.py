@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 import yaml
 from builders import CLIPS
 from integration.jobs_under_test import ROOT
@@ -74,6 +75,8 @@ def _end(process: psutil.Popen) -> tuple[int, dict[str, Any], str]:
     return process.returncode, json.loads(lines[-1]) if lines else {}, messages
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_two_workers_train_one_model_and_go_on_from_a_wish_to_stop(ray_home: Mapping[str, str], tmp_path: Path) -> None:
     output = tmp_path / "out"
     process = _start(tmp_path, ray_home, steps=2000)
