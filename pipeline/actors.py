@@ -34,7 +34,7 @@ import torch
 import pipeline
 from pipeline.codec import ClipEncoder
 from pipeline.columns import ColumnsManifest, SetName
-from pipeline.commit import commit_shard, put_data_file, read_commit
+from pipeline.commit import commit_shard, put_written_file, read_commit
 from pipeline.committed import FileCache
 from pipeline.conditions import ConditionEncoders, ShardConditions, fingerprint_fields
 from pipeline.config import JobConfig
@@ -440,14 +440,7 @@ class EncodeActor:
         )
 
     def _stored(self, spec: ShardSpec, file: WrittenFile) -> FileStat:
-        stat = put_data_file(
-            self._store,
-            file.path,
-            shard_id=spec.shard_id,
-            content=file.content,
-            num_rows=file.num_rows,
-            bucket_rows=file.bucket_rows,
-        )
+        stat = put_written_file(self._store, file, spec.shard_id)
         Steps.note()
         return stat
 

@@ -56,6 +56,7 @@ from pipeline.format import Column, Content, decode_latent, encode_latent, schem
 from pipeline.records import Commit, DatasetManifest, FileStat, ShardCounts
 from pipeline.scratch import Scratch
 from pipeline.storage import ObjectStore, open_store, sha256_of_file
+from pipeline.store import RangeReader
 from pipeline.stored import open_records
 
 COLUMNS_VERSION = 1
@@ -355,7 +356,7 @@ def stored_captions_of(store: ObjectStore, stat: FileStat, columns: Sequence[str
     url = store.url(stat.key)
     try:
         if stat.content == "parquet":
-            with io.BufferedReader(_StoredFile(store, stat), _READ_BLOCK_BYTES) as stream:
+            with io.BufferedReader(RangeReader(store, stat.key, stat.num_bytes), _READ_BLOCK_BYTES) as stream:
                 table = pq.ParquetFile(stream, page_checksum_verification=True).read(columns=list(names))
             rows = list(zip(*(table.column(name).to_pylist() for name in names), strict=True))
         else:
@@ -377,36 +378,6 @@ def _captions(rows: Sequence[tuple[Any, ...]], num_rows: int, where: str) -> dic
             if text is not None:
                 found.setdefault(text, {})[key] = None
     return {text: list(found[text]) for text in sorted(found)}
-
-
-class _StoredFile(io.RawIOBase):
-    """A committed file read by ranges, where fetching it whole would fetch its latents too."""
-
-    def __init__(self, store: ObjectStore, stat: FileStat) -> None:
-        self._store = store
-        self._stat = stat
-        self._at = 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._stat.num_bytes}[whence]
-        self._at = start + offset
-        return self._at
-
-    def tell(self) -> int:
-        return self._at
-
-    def readinto(self, buffer: Any) -> int:
-        length = max(0, min(len(buffer), self._stat.num_bytes - self._at))
-        data = self._store.get_range(self._stat.key, self._at, length) if length else b""
-        buffer[: len(data)] = data
-        self._at += len(data)
-        return len(data)
 
 
 def records_of(store: ObjectStore, shard_id: str) -> tuple[Commit, ...]:

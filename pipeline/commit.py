@@ -35,7 +35,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 from pipeline.errors import (
     ConfigMismatchError,
@@ -49,6 +49,9 @@ from pipeline.errors import (
 from pipeline.records import Commit, DatasetManifest, FileStat, ModelFacts, ShardCounts
 from pipeline.storage import ObjectStore, sha256_of_file
 from pipeline.store import Backoff
+
+if TYPE_CHECKING:
+    from pipeline.format import WrittenFile
 
 LAYOUT_VERSION = 1
 MANIFEST_KEY = "_dataset.json"
@@ -343,6 +346,19 @@ def put_data_file(
         num_rows=num_rows,
         content=content,
         bucket_rows=dict(bucket_rows or {}),
+    )
+
+
+def put_written_file(store: ObjectStore, file: WrittenFile, shard_id: str, generation: int = 0) -> FileStat:
+    """Stores what a `ShardWriter` finished, as `put_data_file` does."""
+    return put_data_file(
+        store,
+        file.path,
+        shard_id=shard_id,
+        content=file.content,
+        num_rows=file.num_rows,
+        bucket_rows=file.bucket_rows,
+        generation=generation,
     )
 
 

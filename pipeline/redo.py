@@ -34,7 +34,7 @@ from pipeline.commit import (
     create_once,
     name_of,
     parse_record_name,
-    put_data_file,
+    put_written_file,
     read_shard,
     record_name,
 )
@@ -282,7 +282,7 @@ def finish(
     if damaged is not None:
         if _are_same_bytes(damaged, written):
             for file in written:
-                _put(store, damaged.shard_id, damaged.generation, file)
+                put_written_file(store, file, damaged.shard_id, damaged.generation)
             before_commit(damaged.files)
             mark_done(store, name_of(damaged))
             return "restored"
@@ -293,7 +293,7 @@ def finish(
         draft,
         shard_id=shard.shard_id,
         generation=generation,
-        files=tuple(_put(store, shard.shard_id, generation, file) for file in written),
+        files=tuple(put_written_file(store, file, shard.shard_id, generation) for file in written),
         replaces=redo.replaces,
         keys=begun.keys,
     )
@@ -305,18 +305,6 @@ def finish(
     raise StorageError(
         f"shard {shard.shard_id}: another run appended generation {generation} meanwhile, and not all that was asked "
         "for is in it; the rest is tried again"
-    )
-
-
-def _put(store: ObjectStore, shard_id: str, generation: int, file: WrittenFile) -> FileStat:
-    return put_data_file(
-        store,
-        file.path,
-        shard_id=shard_id,
-        content=file.content,
-        num_rows=file.num_rows,
-        bucket_rows=file.bucket_rows,
-        generation=generation,
     )
 
 

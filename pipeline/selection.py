@@ -10,7 +10,6 @@ maximum allow a match: two to four small requests for a file of a remote store. 
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -26,6 +25,7 @@ from pipeline.committed import DataFile, FileCache, open_bytes
 from pipeline.errors import DamagedObjectError, UsageError
 from pipeline.records import FileStat
 from pipeline.storage import ObjectStore
+from pipeline.store import RangeReader
 
 Filter: TypeAlias = pc.Expression | Sequence[tuple[str, str, Any]] | Sequence[Sequence[tuple[str, str, Any]]]
 
@@ -70,7 +70,7 @@ def select(
     def selected(file: DataFile) -> DataFile | None:
         if file.stat.content == "parquet":
             url = store.url(file.stat.key)
-            source = _RangeFile(store, file.stat) if "://" in url else pa.memory_map(url)
+            source = RangeReader(store, file.stat.key, file.stat.num_bytes) if "://" in url else pa.memory_map(url)
         else:
             source = pa.BufferReader(cache.checked_bytes(store, file.stat))
         matching, buckets = _mask(source, file.stat, expression, schema, store)
@@ -141,33 +141,3 @@ def _arrow_dataset() -> Any:
 def _matches(rows: Any, expression: pc.Expression) -> pa.Table:
     table: pa.Table = rows.to_table(columns={_MATCH: expression, "bucket": pc.field("bucket")}, use_threads=False)
     return table
-
-
-class _RangeFile(io.RawIOBase):
-    """A file of a remote store, read by ranges."""
-
-    def __init__(self, store: ObjectStore, stat: FileStat) -> None:
-        self._store, self._stat, self._position = store, stat, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._stat.num_bytes}[whence]
-        self._position = start + offset
-        return self._position
-
-    def readinto(self, buffer: Any) -> int:
-        length = min(len(buffer), self._stat.num_bytes - self._position)
-        if length <= 0:
-            return 0
-        data = self._store.get_range(self._stat.key, self._position, length)
-        buffer[: len(data)] = data
-        self._position += len(data)
-        return len(data)

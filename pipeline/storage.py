@@ -31,7 +31,7 @@ from pipeline.errors import (
     UsageError,
 )
 from pipeline.s3 import S3Store
-from pipeline.store import LocalStore, ObjectInfo, ObjectStore, copy_blocks, sha256_of_file, shown_uri
+from pipeline.store import LocalStore, ObjectInfo, ObjectStore, RangeReader, copy_blocks, sha256_of_file, shown_uri
 from pipeline.web import fetch
 
 __all__ = [
@@ -230,7 +230,10 @@ def open_input(uri: str) -> BinaryIO:
     """
     if uri.startswith("s3://"):
         store, key = _s3_input(uri)
-        return cast(BinaryIO, io.BufferedReader(_S3Reader(store, key), _READ_AHEAD_BYTES))
+        info = store.head(key)
+        if info is None:
+            raise StorageNotFoundError(f"{store.url(key)} does not exist")
+        return cast(BinaryIO, io.BufferedReader(RangeReader(store, key, info.num_bytes), _READ_AHEAD_BYTES))
     if is_web_address(uri):
         return os.fdopen(fetch(uri, _web_limit(uri)), "rb")
     local = _local_path(uri)
@@ -277,36 +280,6 @@ def _temporary_file(uri: str) -> IO[bytes]:
             f"{shown_uri(uri)} cannot be kept on the disk: {error.strerror or error}; make room in the temporary "
             "folder, or set TMPDIR"
         ) from error
-
-
-class _S3Reader(io.RawIOBase):
-    """An object as a file, by ranges: each goes through the store's own retries and length check."""
-
-    def __init__(self, store: S3Store, key: str) -> None:
-        info = store.head(key)
-        if info is None:
-            raise StorageNotFoundError(f"{store.url(key)} does not exist")
-        self._store, self._key, self._num_bytes, self._position = store, key, info.num_bytes, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._num_bytes}[whence]
-        self._position = max(0, start + offset)
-        return self._position
-
-    def readinto(self, buffer: Any) -> int:
-        length = min(len(buffer), self._num_bytes - self._position)
-        if length <= 0:
-            return 0
-        data = self._store.get_range(self._key, self._position, length)
-        buffer[: len(data)] = data
-        self._position += len(data)
-        return len(data)
 
 
 def _local_path(uri: str) -> str | None:

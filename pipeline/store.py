@@ -7,6 +7,7 @@ Not S3 (that is `s3`), and not where anything is decided: which write counts, an
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import random
 import re
@@ -19,7 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, BinaryIO, ClassVar
+from typing import IO, Any, BinaryIO, ClassVar
 
 from pipeline.errors import ObjectExistsError, StorageError, StorageNotFoundError, UsageError
 
@@ -232,6 +233,37 @@ def checked_key(key: str) -> str:
     if not key or key.startswith("/") or "\0" in key or any(part in ("", ".", "..") for part in key.split("/")):
         raise StorageError(f"the key {key!r} is not a plain relative path, so it is not followed")
     return key
+
+
+class RangeReader(io.RawIOBase):
+    """An object as a file, by ranges: each goes through the store's own retries and length check.
+
+    Args:
+        num_bytes: of the whole object.
+    """
+
+    def __init__(self, store: ObjectStore, key: str, num_bytes: int) -> None:
+        self._store, self._key, self._num_bytes, self._position = store, key, num_bytes, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._num_bytes}[whence]
+        self._position = max(0, start + offset)
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        length = min(len(buffer), self._num_bytes - self._position)
+        if length <= 0:
+            return 0
+        data = self._store.get_range(self._key, self._position, length)
+        buffer[: len(data)] = data
+        self._position += len(data)
+        return len(data)
 
 
 class LocalStore(ObjectStore):

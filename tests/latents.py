@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.commit import commit_shard, name_of, open_dataset, put_data_file, read_shard
+from pipeline.commit import commit_shard, name_of, open_dataset, put_written_file, read_shard
 from pipeline.committed import FileCache, with_shard_counts
 from pipeline.format import ShardWriter
 from pipeline.records import (
@@ -140,18 +140,7 @@ def commit_records(
             for failure in rejections:
                 writer.reject(failure)
             written = writer.finish()
-        files = tuple(
-            put_data_file(
-                store,
-                file.path,
-                shard_id=shard_id,
-                content=file.content,
-                num_rows=file.num_rows,
-                bucket_rows=file.bucket_rows,
-                generation=generation,
-            )
-            for file in written
-        )
+        files = tuple(put_written_file(store, file, shard_id, generation) for file in written)
     keys_ok = {entry.key for entry in records}
     clips_rejected = [failure.key for failure in rejections if failure.clip_index is not None]
     num_ok = len(keys_ok)
@@ -198,3 +187,13 @@ def output(
     for number, records in enumerate(shards):
         commit_records(store, described, f"s{number:03d}", records, output_format=output_format)
     return store
+
+
+def names(batch: dict[str, Any]) -> tuple[tuple[str, int], ...]:
+    """(key, clip index) of each row of a batch."""
+    return tuple(zip(batch["key"], batch["clip_index"], strict=True))
+
+
+def order(batches: Iterable[dict[str, Any]]) -> list[tuple[tuple[str, int], ...]]:
+    """The rows of batches, batch by batch."""
+    return [names(batch) for batch in batches]

@@ -30,7 +30,7 @@ from pipeline.commit import (
     load_commits,
     open_dataset,
     publish_snapshot,
-    put_data_file,
+    put_written_file,
     read_commit,
     read_data_file,
 )
@@ -62,17 +62,7 @@ def _encode(store: ObjectStore, spec: ShardSpec, manifest: DatasetManifest, conf
             for record in records:
                 writer.write(record)
             written = writer.finish()
-        files = tuple(
-            put_data_file(
-                store,
-                f.path,
-                shard_id=spec.shard_id,
-                content=f.content,
-                num_rows=f.num_rows,
-                bucket_rows=f.bucket_rows,
-            )
-            for f in written
-        )
+        files = tuple(put_written_file(store, f, spec.shard_id) for f in written)
     number = len(records)
     commit_shard(
         store,

@@ -9,7 +9,6 @@ import os
 import pickle
 import time
 from collections import Counter
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import SeaweedFS
-from latents import IMAGE, SMALL, WIDE, commit_records, latent_of, manifest, output, record, rejection
+from latents import IMAGE, SMALL, WIDE, commit_records, latent_of, manifest, names, order, output, record, rejection
 from torch.utils.data import DataLoader
 
 from pipeline import LatentDataset
@@ -39,14 +38,6 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("output")
     publish_snapshot(output(folder, SHARDS))
     return str(folder)
-
-
-def names(batch: dict[str, Any]) -> tuple[tuple[str, int], ...]:
-    return tuple(zip(batch["key"], batch["clip_index"], strict=True))
-
-
-def order(batches: Iterable[dict[str, Any]]) -> list[tuple[tuple[str, int], ...]]:
-    return [names(batch) for batch in batches]
 
 
 def loader(dataset: LatentDataset, num_workers: int = 2, **options: Any) -> DataLoader[dict[str, Any]]:

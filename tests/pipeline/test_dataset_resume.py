@@ -6,7 +6,7 @@ import itertools
 import json
 import random
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import pytest
 import torch.distributed
 import torch.multiprocessing
 from conftest import SeaweedFS
-from latents import IMAGE, SMALL, WIDE, commit_records, manifest, output, record
+from latents import IMAGE, SMALL, WIDE, commit_records, manifest, names, order, output, record
 from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
 
@@ -40,14 +40,6 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("output")
     publish_snapshot(output(folder, SHARDS))
     return str(folder)
-
-
-def names(batch: dict[str, Any]) -> tuple[tuple[str, int], ...]:
-    return tuple(zip(batch["key"], batch["clip_index"], strict=True))
-
-
-def order(batches: Iterable[dict[str, Any]]) -> list[tuple[tuple[str, int], ...]]:
-    return [names(batch) for batch in batches]
 
 
 def opened(root: str, rank: int = 0, world_size: int = 1, **options: Any) -> LatentDataset:
