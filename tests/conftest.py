@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -12,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from servers import FaultProxy, s3_client, seaweed
+from servers import FaultProxy, ray_folders, s3_client, seaweed
 from xdist.scheduler import LoadScopeScheduling
 
 import pipeline.s3
@@ -93,12 +91,6 @@ def far_store(proxy: FaultProxy, s3_env: SeaweedFS) -> ObjectStore:
 
 @pytest.fixture(scope="session")
 def ray_home() -> Iterator[dict[str, str]]:
-    """Environment of a process that starts Ray: its own HOME and temporary folder, and workers that are served at once.
-
-    The folder's name is short because the paths of Ray's sockets below it may have 107 characters at most. Ray gives
-    its workers niceness 15 otherwise, and beside other tests they would hardly get a processor.
-    """
-    folder = Path(tempfile.mkdtemp(prefix="lm", dir="/tmp"))
-    (folder / "home").mkdir()
-    yield {"HOME": str(folder / "home"), "RAY_TMPDIR": str(folder), "RAY_worker_niceness": "0"}
-    shutil.rmtree(folder, ignore_errors=True)
+    """Environment of a process that starts Ray, one for the session."""
+    with ray_folders() as env:
+        yield env

@@ -39,6 +39,19 @@ def s3_variables(endpoint: str, key: str, secret: str) -> dict[str, str]:
     }
 
 
+@contextmanager
+def ray_folders() -> Iterator[dict[str, str]]:
+    """Environment of a process that starts Ray: its own HOME and temporary folder, and workers that are served at once.
+
+    The folder's name is short because the paths of Ray's sockets below it may have 107 characters at most. Ray gives
+    its workers niceness 15 otherwise, and beside other tests they would hardly get a processor.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="lm", dir="/tmp"))
+    (folder / "home").mkdir()
+    yield {"HOME": str(folder / "home"), "RAY_TMPDIR": str(folder), "RAY_worker_niceness": "0"}
+    shutil.rmtree(folder, ignore_errors=True)
+
+
 def free_ports(count: int) -> int:
     """The first of `count` neighbouring free ports whose neighbours 10,000 above are free too.
 

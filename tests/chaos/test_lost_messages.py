@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +10,7 @@ import pytest
 from builders import CLIP_STILLS, CLIP_VIDEOS, pack_clips
 from chaos.checker import check, plan_of_tars, read_output
 from integration.jobs_under_test import SMALL, RunningJob
+from servers import ray_folders
 
 NUM_SHARDS = 12
 MOST_DRIVERS = 6
@@ -22,10 +21,8 @@ LOSSES = {"*": {"num_failures": -1, "req_failure_prob": 4, "resp_failure_prob": 
 
 @pytest.fixture
 def own_home() -> Iterator[dict[str, str]]:
-    folder = Path(tempfile.mkdtemp(prefix="lm", dir="/tmp"))
-    (folder / "home").mkdir()
-    yield {"HOME": str(folder / "home"), "RAY_TMPDIR": str(folder)}
-    shutil.rmtree(folder, ignore_errors=True)
+    with ray_folders() as env:
+        yield env
 
 
 @pytest.mark.slow

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import secrets
-import shutil
-import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,7 +12,7 @@ from builders import CLIP_STILLS, CLIP_VIDEOS, pack_clips
 from chaos.checker import check, plan_of_tars, read_output
 from chaos.network import SecondHost, commands_below, second_host
 from integration.jobs_under_test import SMALL, RunningJob, ray_cluster
-from servers import free_ports, s3_client, seaweed
+from servers import free_ports, ray_folders, s3_client, seaweed
 
 NUM_SHARDS = 24
 # A node that is silent for so long is dead to Ray; by default it takes a minute.
@@ -59,10 +57,8 @@ def expected(shards: Path, ray_home: Mapping[str, str], tmp_path_factory: pytest
 @pytest.fixture
 def far_home() -> Iterator[dict[str, str]]:
     """Ray's folders on the second host: nodes that share them take each other's address for their own."""
-    folder = Path(tempfile.mkdtemp(prefix="lm", dir="/tmp"))
-    (folder / "home").mkdir()
-    yield {"HOME": str(folder / "home"), "RAY_TMPDIR": str(folder)}
-    shutil.rmtree(folder, ignore_errors=True)
+    with ray_folders() as env:
+        yield env
 
 
 @pytest.mark.slow
