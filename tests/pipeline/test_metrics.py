@@ -71,7 +71,7 @@ def test_many_failures_of_many_inputs_make_no_new_series() -> None:
             metrics.add("latentmill_shard_attempts_failed_total")
             ledger.undone[spec.shard_id] = f"s3://bucket/{number} failed: {number}"
         else:
-            ledger.add(_report(spec, reasons[number % len(reasons)]), actor=number % 2)
+            ledger.add(spec, _report(spec, reasons[number % len(reasons)]), actor=number % 2)
         ledger.standing(num_running=number % 2)
     after = _scrape(metrics)
     # One of each actor that worked, however much it was given; all others stand from the beginning.

@@ -510,7 +510,7 @@ def test_the_result_line_counts_what_was_done_once_more(job: Job) -> None:
     ]
     ledger = _Ledger(list(before), again.specs, again, 0.0, config, RunMetrics())
     for spec in again.specs:
-        ledger.add(job.actor.process(spec, job.manifest), 0)
+        ledger.add(spec, job.actor.process(spec, job.manifest), 0)
     summary = ledger.close(publish_snapshot(job.store), True)
     assert (summary.exit_code, summary.num_shards, summary.num_shards_done) == (0, 2, 0)
     assert (summary.num_shards_done_before, summary.num_shards_undone) == (2, 0)
