@@ -51,7 +51,7 @@ from pipeline.rows import PlannedBatch, RowReader
 from pipeline.selection import Filter, expression_of
 from pipeline.storage import open_store
 
-STATE_VERSION = 2
+STATE_VERSION = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

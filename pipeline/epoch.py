@@ -4,8 +4,8 @@ Not where rows are read, and no file is opened here: a pure function of (row cou
 so that every rank and every DataLoader worker works the same order out for itself. `dataset` is the caller.
 
 Files are shuffled and dealt to LANES, which take turns to give a batch. In a lane consecutive files form a window of
-bounded size; the rows of a window are shuffled together and dealt to the pending batch of their bucket; a batch that is
-full is next. What is pending when a window ends is filled up from the next window; what is pending at the end of the
+bounded size, and a file that is larger than a window is cut into consecutive pieces, each in the place of a file; the
+rows of a window are shuffled together and dealt to the pending batch of their bucket; a batch that is full is next. What is pending when a window ends is filled up from the next window; what is pending at the end of the
 epoch is put together over all lanes, and what fills no batch then is the epoch's remainder.
 
 DataLoader asks its workers in turn, so with 1, 2 or 4 of them each reads lanes of its own, and nothing is decoded
@@ -32,6 +32,8 @@ REMAINDERS: tuple[Remainder, ...] = ("keep", "drop", "pad")
 LANES = 4
 # Rows of this many files at most are in flight at once; each open file costs a descriptor and its footer.
 WINDOW_FILES = 128
+# A file is not cut into smaller pieces than its row groups are: a row costs the decoding of its group.
+PIECE_BYTES = 16 << 20
 
 Ints = npt.NDArray[np.int64]
 
@@ -84,11 +86,11 @@ def lanes_of_worker(num_workers: int) -> int:
     return LANES // math.gcd(LANES, num_workers)
 
 
-def windows(file_bytes: Ints, order: Ints, window_bytes: int, window_files: int = WINDOW_FILES) -> Ints:
-    """Where the windows of `order` start: each has as many files as fit in its size and number, at least one."""
+def windows(piece_bytes: Ints, window_bytes: int, window_files: int = WINDOW_FILES) -> Ints:
+    """Where the windows start: each has as many consecutive pieces as fit in its size and number, at least one."""
     starts: list[int] = []
     size = num_files = 0
-    for position, num_bytes in enumerate(file_bytes[order].tolist()):
+    for position, num_bytes in enumerate(piece_bytes.tolist()):
         size += num_bytes
         num_files += 1
         if position == 0 or size > window_bytes or num_files > window_files:
@@ -97,23 +99,63 @@ def windows(file_bytes: Ints, order: Ints, window_bytes: int, window_files: int 
     return np.array(starts, dtype=np.int64)
 
 
+@dataclass(frozen=True, slots=True)
+class Pieces:
+    """Files cut where they are larger than a window, in order.
+
+    Attributes:
+        files: `(pieces,)`, index of the file.
+        first: `(pieces, buckets)`, number of the first row among the file's rows of the bucket.
+        counts: `(pieces, buckets)`, rows.
+        num_bytes: `(pieces,)`.
+    """
+
+    files: Ints
+    first: Ints
+    counts: Ints
+    num_bytes: Ints
+
+    @classmethod
+    def of(cls, counts: Ints, file_bytes: Ints, piece_bytes: int) -> Pieces:
+        """Pieces of about equal numbers of rows, in each the same share of every bucket.
+
+        Args:
+            counts: `(files, buckets)`, rows.
+            file_bytes: `(files,)`.
+            piece_bytes: about the most that a piece has.
+        """
+        num = np.clip(-(-file_bytes // piece_bytes), 1, np.maximum(counts.sum(axis=1), 1))
+        files = np.repeat(np.arange(len(num)), num)
+        part = np.arange(len(files)) - np.repeat(np.cumsum(num) - num, num)
+        before = counts[files] * part[:, None] // num[files][:, None]
+        after = counts[files] * (part + 1)[:, None] // num[files][:, None]
+        return cls(files, before, after - before, file_bytes[files] // num[files])
+
+
 class _Lane:
     """Every LANES-th file of the order: its full batches one by one, and what is left of each bucket after them."""
 
     def __init__(
-        self, counts: Ints, starts: Ints, positions: Ints, batch_rows: Ints, seed: tuple[int, int, int] | None
+        self,
+        pieces: Pieces,
+        starts: Ints,
+        positions: Ints,
+        batch_rows: Ints,
+        seed: tuple[int, int, int] | None,
     ) -> None:
         """
         Args:
-            counts: `(files, buckets)`, rows of the lane's files in their order.
-            starts: first file of each window.
-            positions: `(files,)`, their positions in the order of all files.
+            pieces: of the lane's files in their order.
+            starts: first piece of each window.
+            positions: `(files,)`, the positions of the lane's files in the order of all files.
             batch_rows: `(buckets,)`, rows of a global batch.
             seed: seed, epoch and number of the lane; None: not shuffled.
         """
+        counts = pieces.counts
         self._counts = counts
+        self._first = pieces.first
         self._edges = np.append(starts, len(counts))
-        self._positions = positions
+        self._positions = positions[pieces.files]
         self._batch_rows = batch_rows
         self._seed = seed
         totals = np.add.reduceat(counts, starts, axis=0) if len(starts) else np.empty((0, counts.shape[1]), np.int64)
@@ -169,8 +211,9 @@ class _Lane:
         flat = self._counts[start:end].ravel()
         cells = np.repeat(np.arange(len(flat)), flat)
         numbers = np.arange(len(cells)) - np.repeat(np.cumsum(flat) - flat, flat)
-        files, buckets = np.divmod(cells, self._counts.shape[1])
-        rows = (self._positions[start:end][files] << _NUMBER_BITS) | numbers
+        numbers += self._first[start:end].ravel()[cells]
+        pieces, buckets = np.divmod(cells, self._counts.shape[1])
+        rows = (self._positions[start:end][pieces] << _NUMBER_BITS) | numbers
         if self._seed is not None:
             seed, epoch, lane = self._seed
             permutation = shuffled(len(rows), seed, epoch, 1 + window * LANES + lane)
@@ -189,6 +232,7 @@ def global_batches(
     remainder: Remainder,
     window_bytes: int,
     num_passed: int = 0,
+    piece_bytes: int = PIECE_BYTES,
 ) -> Iterator[GlobalBatch]:
     """The global batches of an epoch in order, without the first `num_passed`.
 
@@ -202,6 +246,7 @@ def global_batches(
         batch_rows: `(buckets,)`, rows of a global batch of the bucket.
         seed: None keeps the order of the files and, per bucket, of the rows in them.
         window_bytes: of all lanes together.
+        piece_bytes: files that are larger than this and than the window of a lane are cut.
     """
     num_files, num_buckets = counts.shape
     order = np.arange(num_files) if seed is None else shuffled(num_files, seed, epoch, 0)
@@ -209,9 +254,10 @@ def global_batches(
     lanes = []
     for number in range(num_lanes):
         mine = order[number::num_lanes]
-        starts = windows(file_bytes, mine, window_bytes // num_lanes, WINDOW_FILES // num_lanes)
+        pieces = Pieces.of(counts[mine], file_bytes[mine], max(piece_bytes, window_bytes // num_lanes))
+        starts = windows(pieces.num_bytes, window_bytes // num_lanes, WINDOW_FILES // num_lanes)
         lane_seed = None if seed is None else (seed, epoch, number)
-        lanes.append(_Lane(counts[mine], starts, np.arange(number, num_files, num_lanes), batch_rows, lane_seed))
+        lanes.append(_Lane(pieces, starts, np.arange(number, num_files, num_lanes), batch_rows, lane_seed))
     for bucket, rows in _in_turn(lanes, num_passed):
         yield GlobalBatch(bucket, len(rows), len(rows), rows, order)
     num_passed = max(0, num_passed - sum(lane.num_batches for lane in lanes))

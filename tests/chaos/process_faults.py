@@ -28,12 +28,15 @@ from pathlib import Path
 import psutil
 from builders import CLIP_STILLS, CLIP_VIDEOS, pack_clips
 from chaos.checker import Verdict, check, plan_of_tars, read_output
+from integration import failing_actors
 from integration.jobs_under_test import SMALL, RunningJob, run_job
 
 _NUM_SHARDS = 60
+# A raylet that is killed leaves its actors half a minute's work: the shards must outlast all faults.
+_PACED = (str(Path(failing_actors.__file__)), "Paced")
 _COMMANDS = {
     "child": "import main; main(sys.argv",
-    "actor": "ray::EncodeActor",
+    "actor": "ray::Paced",
     "raylet": "raylet/raylet",
     "gcs": "gcs_server",
 }
@@ -129,7 +132,7 @@ class _Episode:
 
     def _one_driver(self) -> int:
         flags = [*_flags(self._shards, self._output), "--num-actors", "1"]
-        with RunningJob(flags, self._env) as job:
+        with RunningJob(flags, self._env, script=_PACED) as job:
             started = time.monotonic()
             if self._awaited is not None:
                 self._awaited = (self._awaited[0], started, self._num_records())

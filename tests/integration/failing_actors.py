@@ -22,6 +22,7 @@ from pipeline.records import Clip, ClipFailure, DatasetManifest, LatentRecord, S
 
 # The second video of the first shard, as tests.builders.pack_clips names it.
 POISON_KEY = "000000001"
+_REST_S = 0.5
 
 
 class NeverBuilt(EncodeActor):
@@ -85,6 +86,14 @@ class FreezesOrHangs(EncodeActor):
         return super().process(spec, manifest, poison)
 
 
+class Paced(EncodeActor):
+    """Rests before each shard, so that work is left when the last of many faults comes."""
+
+    def process(self, spec: ShardSpec, manifest: DatasetManifest, poison: frozenset[int] = frozenset()) -> ShardReport:
+        time.sleep(_REST_S)
+        return super().process(spec, manifest, poison)
+
+
 class Poisoned(EncodeActor):
     """One video kills the process each time that it reaches the encoder."""
 
@@ -108,7 +117,7 @@ class Poisoned(EncodeActor):
 
 
 if __name__ == "__main__":
-    classes = (NeverBuilt, FirstFailsAlways, SlowToReturn, FirstNeverReturns, FreezesOrHangs, Poisoned)
+    classes = (NeverBuilt, FirstFailsAlways, SlowToReturn, FirstNeverReturns, FreezesOrHangs, Paced, Poisoned)
     faults = {cls.__name__: cls for cls in classes}
     pipeline.run.EncodeActor = faults[sys.argv[1]]
     sys.exit(main(sys.argv[2:]))

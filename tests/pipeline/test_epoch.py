@@ -15,6 +15,7 @@ from pipeline.epoch import (
     REMAINDERS,
     WINDOW_FILES,
     GlobalBatch,
+    Pieces,
     global_batches,
     lanes_of_worker,
     num_batches,
@@ -38,6 +39,7 @@ def order(
     remainder: str,
     window_bytes: int = 25,
     num_passed: int = 0,
+    piece_bytes: int = 1 << 24,
 ) -> list[GlobalBatch]:
     array = np.array(counts, dtype=np.int64)
     return list(
@@ -50,6 +52,7 @@ def order(
             remainder=remainder,  # type: ignore[arg-type]
             window_bytes=window_bytes,
             num_passed=num_passed,
+            piece_bytes=piece_bytes,
         )
     )
 
@@ -66,23 +69,24 @@ def all_rows(counts: list[list[int]]) -> Counter[tuple[int, int, int]]:
 
 
 @settings(deadline=None)
-@given(COUNTS, st.integers(1, 12), SEEDS, st.integers(0, 3), st.integers(0, 60))
+@given(COUNTS, st.integers(1, 12), SEEDS, st.integers(0, 3), st.integers(0, 60), st.integers(1, 30))
 def test_every_row_is_in_exactly_one_batch(
-    counts: list[list[int]], size: int, seed: int | None, epoch: int, window_bytes: int
+    counts: list[list[int]], size: int, seed: int | None, epoch: int, window_bytes: int, piece_bytes: int
 ) -> None:
-    kept = rows(order(counts, size, seed, epoch, "keep", window_bytes))
+    kept = rows(order(counts, size, seed, epoch, "keep", window_bytes, piece_bytes=piece_bytes))
     assert Counter(row for batch in kept for row in batch) == all_rows(counts)
     assert all(0 < len(batch) <= size for batch in kept)
 
 
 @settings(deadline=None)
-@given(COUNTS, st.integers(1, 12), SEEDS, st.integers(0, 60), st.sampled_from(REMAINDERS))
+@given(COUNTS, st.integers(1, 12), SEEDS, st.integers(0, 60), st.sampled_from(REMAINDERS), st.integers(1, 30))
 def test_passing_over_batches_gives_the_rest_of_the_same_order(
-    counts: list[list[int]], size: int, seed: int | None, window_bytes: int, remainder: str
+    counts: list[list[int]], size: int, seed: int | None, window_bytes: int, remainder: str, piece_bytes: int
 ) -> None:
-    whole = rows(order(counts, size, seed, 1, remainder, window_bytes))
+    whole = rows(order(counts, size, seed, 1, remainder, window_bytes, piece_bytes=piece_bytes))
     for num_passed in {0, 1, len(whole) // 2, max(0, len(whole) - 1), len(whole)}:
-        assert rows(order(counts, size, seed, 1, remainder, window_bytes, num_passed)) == whole[num_passed:]
+        rest = order(counts, size, seed, 1, remainder, window_bytes, num_passed, piece_bytes)
+        assert rows(rest) == whole[num_passed:]
 
 
 @settings(deadline=None)
@@ -171,7 +175,7 @@ def test_the_permutation_is_the_same_in_every_version() -> None:
 
 @given(st.lists(st.integers(0, 50), max_size=300), st.integers(0, 100))
 def test_windows_cover_the_order_and_respect_their_size(sizes: list[int], window_bytes: int) -> None:
-    starts = windows(np.array(sizes, dtype=np.int64), np.arange(len(sizes)), window_bytes).tolist()
+    starts = windows(np.array(sizes, dtype=np.int64), window_bytes).tolist()
     found = list(itertools.pairwise([*starts, len(sizes)]))
     assert [place for start, end in found for place in range(start, end)] == list(range(len(sizes)))
     for start, end in found:
@@ -191,3 +195,31 @@ def test_a_rank_reads_few_of_the_files_in_a_window() -> None:
         slices = [batch.places(rank * batch_size, (rank + 1) * batch_size) for batch in batches]
         seen = {int(file) for files, _ in slices for file in files}
         assert len(seen) <= num_files // 3, f"rank {rank} reads {len(seen)} of {num_files} files"
+
+
+def test_a_file_larger_than_a_window_is_read_piece_by_piece() -> None:
+    """Row groups are decoded once: at any time the rows in flight are those of a short run of each file."""
+    num_files, num_rows, piece = 8, 4000, 100
+    batches = order([[num_rows // 2, num_rows // 2]] * num_files, 10, 0, 0, "keep", LANES * piece, piece_bytes=piece)
+    for first in range(0, len(batches) - 20, 20):
+        seen: dict[int, set[int]] = {}
+        for file, _, number in (row for batch in rows(batches[first : first + 20]) for row in batch):
+            seen.setdefault(file, set()).add(number)
+        # Half of a piece's rows are of each bucket; 20 batches are half of a window, and may lie in two.
+        assert all(max(numbers) - min(numbers) < 2 * piece for numbers in seen.values())
+        assert len(seen) <= 2 * LANES
+
+
+@given(COUNTS, st.integers(0, 200), st.integers(1, 50))
+def test_pieces_are_what_the_files_are_and_have_their_share_of_every_bucket(
+    counts: list[list[int]], extra_bytes: int, piece_bytes: int
+) -> None:
+    array = np.array(counts, dtype=np.int64)
+    file_bytes = array.sum(axis=1) * 10 + extra_bytes
+    pieces = Pieces.of(array, file_bytes, piece_bytes)
+    for file, row in enumerate(array):
+        mine = pieces.files == file
+        np.testing.assert_array_equal(pieces.counts[mine].sum(axis=0), row)
+        np.testing.assert_array_equal(pieces.first[mine], np.cumsum(pieces.counts[mine], axis=0) - pieces.counts[mine])
+        assert np.ptp(pieces.counts[mine], axis=0).max() <= 1
+        assert mine.sum() == max(1, min(-(-file_bytes[file] // piece_bytes), row.sum()))
