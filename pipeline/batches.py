@@ -53,6 +53,11 @@ class BatchRecipe:
     image: ColumnSet | None
 
     @property
+    def column_sets(self) -> tuple[ColumnSet, ...]:
+        """The sets that are asked for embeddings."""
+        return tuple(columns for columns in (self.text, self.image) if columns is not None)
+
+    @property
     def read_columns(self) -> tuple[str, ...]:
         """The columns that rows must have."""
         return tuple(dict.fromkeys([*self.captions, "fps", *self.columns]))

@@ -22,9 +22,9 @@ Columns format history: 1 is the first.
 
 from __future__ import annotations
 
-import io
 import json
 import os
+import threading
 import uuid
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
@@ -42,21 +42,25 @@ import pipeline
 from pipeline.commit import (
     MANIFEST_KEY,
     commit_shard,
+    committed_ids,
     create_once,
     fetch_data_file,
     fingerprint_of,
+    latest_snapshot_number,
+    load_commits,
     name_of,
+    parse_record_name,
     put_data_file,
     read_shard,
     refuse_differences,
+    snapshot_commits,
 )
-from pipeline.committed import FileCache
+from pipeline.committed import DataFile, FileCache, parquet_columns
 from pipeline.errors import ConfigMismatchError, DamagedObjectError, UsageError
 from pipeline.format import Column, Content, decode_latent, encode_latent, schema
 from pipeline.records import Commit, DatasetManifest, FileStat, ShardCounts
 from pipeline.scratch import Scratch
 from pipeline.storage import ObjectStore, open_store, sha256_of_file
-from pipeline.store import RangeReader
 from pipeline.stored import open_records
 
 COLUMNS_VERSION = 1
@@ -85,7 +89,6 @@ SET_COLUMNS: Mapping[SetName, tuple[Column, ...]] = {
 }
 # One embedding is read at a time and in any order, and float16 hardly compresses: small groups, no codec.
 _GROUP_BYTES = 1 << 20
-_READ_BLOCK_BYTES = 1 << 20
 # Of a reader, for one process.
 _OPEN_SHARDS = 256
 _KEPT_BYTES = 64 << 20
@@ -353,20 +356,14 @@ def stored_captions_of(store: ObjectStore, stat: FileStat, columns: Sequence[str
         StorageNotFoundError: it is gone.
     """
     names = ("key", *columns)
-    url = store.url(stat.key)
-    try:
-        if stat.content == "parquet":
-            with io.BufferedReader(RangeReader(store, stat.key, stat.num_bytes), _READ_BLOCK_BYTES) as stream:
-                table = pq.ParquetFile(stream, page_checksum_verification=True).read(columns=list(names))
-            rows = list(zip(*(table.column(name).to_pylist() for name in names), strict=True))
-        else:
-            with Scratch("columns") as folder:
-                path = folder / "base.tar"
-                fetch_data_file(store, stat, path)
-                rows = open_records(path, stat.content).read_columns(names)
-    except (pa.ArrowException, ValueError, KeyError, OSError) as error:
-        raise DamagedObjectError(f"{url} cannot be read: {error}; latentmill verify says more") from error
-    return _captions(rows, stat.num_rows, url)
+    if stat.content == "parquet":
+        rows = parquet_columns(stat, store, names)
+    else:
+        with Scratch("columns") as folder:
+            path = folder / "base.tar"
+            fetch_data_file(store, stat, path)
+            rows = open_records(path, stat.content).read_columns(names)
+    return _captions(rows, stat.num_rows, store.url(stat.key))
 
 
 def _captions(rows: Sequence[tuple[Any, ...]], num_rows: int, where: str) -> dict[str, list[str]]:
@@ -451,10 +448,10 @@ def _counts(num_rows: int) -> ShardCounts:
 
 
 class ColumnSet:
-    """Embeddings of a set, found by shard and caption or clip; for one process at a time, picklable, safe to fork.
+    """Embeddings of a set, found by shard and caption or clip; safe in threads, picklable, safe to fork.
 
     Nothing but the description is read before the first question. Of a shard its records are read when it is first
-    asked for (two small requests) and its file is checked against them.
+    asked for or prepared (two small requests) and its file is checked against them.
 
     Attributes:
         embedding_dim: D.
@@ -496,6 +493,43 @@ class ColumnSet:
             raise UsageError(f"{output.root_uri} has no {what}; {_HOW_TO_ADD[name].format(uri=output.root_uri)}")
         return cls(output, store, manifest, cache)
 
+    def refuse_gaps(self, files: Iterable[DataFile]) -> None:
+        """Checks that the set speaks of each of these files of the output.
+
+        Raises:
+            UsageError: it does not; the message says what to run.
+        """
+        missing = {file.stat.sha256: file.shard_id for file in files}
+        number = latest_snapshot_number(self._store)
+        if number is not None:
+            for record in snapshot_commits(self._store, number):
+                missing.pop(record.source_etag or "", None)
+        if missing:
+            # What is committed and not yet published counts as well.
+            shards = set(missing.values())
+            names = [name for name in committed_ids(self._store) if parse_record_name(name)[0] in shards]
+            for record in load_commits(self._store, names):
+                missing.pop(record.source_etag or "", None)
+        if missing:
+            raise UsageError(
+                f"{self._store.root_uri} does not cover {len(missing)} files of {self._output.root_uri}, such as that "
+                f"of shard {min(missing.values())}; {self._hint()}"
+            )
+
+    def prepare(self, shard_id: str) -> None:
+        """Opens a shard, so that the first question about it does not wait; raises as `caption` does."""
+        with self._lock:
+            if shard_id in self._shards:
+                return
+        shard = self._opened(shard_id)
+        with self._lock:
+            self._keep(shard_id, shard)
+
+    def own(self) -> None:
+        """Forgets what another process had open: a forked worker inherits it. Call it before threads use the set."""
+        if self._pid != os.getpid():
+            self._forget()
+
     def caption(self, shard_id: str, caption: str) -> npt.NDArray[np.floating]:
         """The embedding `(L, D)` of a caption of a shard, read-only; "" is the empty caption, which every shard has.
 
@@ -515,24 +549,33 @@ class ColumnSet:
         return self._find(shard_id, (key, clip_index), f"clip {clip_index} of {key!r}")
 
     def _find(self, shard_id: str, name: str | tuple[str, int], what: str) -> npt.NDArray[np.floating]:
-        # A forked worker inherits what its parent had open; it opens its own.
-        if self._pid != os.getpid():
-            self._forget()
-        shard = self._shards.get(shard_id)
-        if shard is None or name not in shard.places:
-            # What is committed after a shard was opened is found as well: readers may follow newer snapshots.
-            shard = self._opened(shard_id)
-            self._shards[shard_id] = shard
-            while len(self._shards) > _OPEN_SHARDS:
-                self._shards.popitem(last=False)
-        else:
+        self.own()
+        with self._lock:
+            shard = self._shards.get(shard_id)
+            if shard is None or name not in shard.places:
+                # What is committed after a shard was opened is found as well: readers may follow newer snapshots.
+                shard = self._opened(shard_id)
+                self._keep(shard_id, shard)
             self._shards.move_to_end(shard_id)
-        if name not in shard.places:
-            covered = f"it holds {len(shard.places)} rows of it" if shard.files else "it holds nothing of this shard"
-            hint = _HOW_TO_ADD[self.manifest.name].format(uri=self._output.root_uri)
-            raise UsageError(f"{self._store.root_uri}: shard {shard_id}: {what} has no embedding: {covered}; {hint}")
-        file, group, index = shard.places[name]
-        return self._group(shard_id, shard.files[file], file, group)[index]
+            if name not in shard.places:
+                covered = (
+                    f"it holds {len(shard.places)} rows of it" if shard.files else "it holds nothing of this shard"
+                )
+                raise UsageError(
+                    f"{self._store.root_uri}: shard {shard_id}: {what} has no embedding: {covered}; {self._hint()}"
+                )
+            file, group, index = shard.places[name]
+            return self._group(shard_id, shard.files[file], file, group)[index]
+
+    def _hint(self) -> str:
+        return _HOW_TO_ADD[self.manifest.name].format(uri=self._output.root_uri)
+
+    def _keep(self, shard_id: str, shard: _OpenShard) -> None:
+        for known in [known for known in self._groups if known[0] == shard_id]:
+            self._num_kept_bytes -= sum(row.nbytes for row in self._groups.pop(known))
+        self._shards[shard_id] = shard
+        while len(self._shards) > _OPEN_SHARDS:
+            self._shards.popitem(last=False)
 
     def _opened(self, shard_id: str) -> _OpenShard:
         records = records_of(self._store, shard_id)
@@ -545,8 +588,6 @@ class ColumnSet:
             for name, (group, index) in found.items():
                 places.setdefault(name, (len(files), group, index))
             files.append(file)
-        for known in [known for known in self._groups if known[0] == shard_id]:
-            self._num_kept_bytes -= sum(row.nbytes for row in self._groups.pop(known))
         return _OpenShard(files, places)
 
     def _of_the_output(self, shard_id: str, records: Sequence[Commit]) -> tuple[Commit, ...]:
@@ -610,12 +651,13 @@ class ColumnSet:
 
     def _forget(self) -> None:
         self._pid = os.getpid()
+        self._lock = threading.Lock()
         self._shards: OrderedDict[str, _OpenShard] = OrderedDict()
         self._groups: OrderedDict[tuple[str, int, int], list[npt.NDArray[np.floating]]] = OrderedDict()
         self._num_kept_bytes = 0
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_pid": None, "_shards": None, "_groups": None}
+        return self.__dict__ | {"_pid": None, "_lock": None, "_shards": None, "_groups": None}
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,26 +10,30 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import io
 import os
 import re
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 from uuid import uuid4
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from pipeline.commit import DecidedShard, decided_shards, fetch_data_file, read_data_file, records_that_count
 from pipeline.errors import DamagedObjectError, StorageNotFoundError
 from pipeline.records import ClipFailure, Commit, FileStat, ShardCounts
 from pipeline.storage import ObjectStore
+from pipeline.store import RangeReader
 from pipeline.stored import RecordFile, open_records, read_rejections
 
 _MAX_FETCHES = 10
@@ -37,6 +41,9 @@ _KEPT = re.compile(r"[0-9a-f]{64}\.(parquet|webdataset)")
 _PARTIAL = re.compile(_KEPT.pattern + r"\.[0-9a-f]{32}\.partial")
 # Longer than any fetch of one file takes; what a killed process left behind may go then.
 _ABANDONED_AFTER_S = 86_400.0
+# Columns of a few bytes a row are read in one or two requests.
+_READ_BLOCK_BYTES = 1 << 20
+_NUM_MERGERS = 16
 # What is removed at once when the cache is full, so that not every fetch has to look through the folder.
 _ROOM_SHARE = 8
 
@@ -193,14 +200,21 @@ def data_files(commits: Iterable[Commit], store: ObjectStore, cache: FileCache) 
             shard_id=commit.shard_id, generation=commit.generation, replaces=commit.replaces, stat=stat
         )
         by_shard.setdefault(commit.shard_id, []).append(latents)
-    files: list[DataFile] = []
+    files: dict[str, tuple[DataFile, ...]] = {}
+    to_merge: dict[str, list[FileStat]] = {}
     for shard_id in sorted(by_shard):
         stats = [latents.stat for latents in records_that_count(by_shard.pop(shard_id)) if latents.stat is not None]
         if len(stats) == 1 and sum(stats[0].bucket_rows.values()) == stats[0].num_rows:
-            files.append(DataFile(shard_id=shard_id, stat=stats[0], bucket_rows=stats[0].bucket_rows))
+            files[shard_id] = (DataFile(shard_id=shard_id, stat=stats[0], bucket_rows=stats[0].bucket_rows),)
         else:
-            files.extend(_merged_generations(shard_id, stats, store, cache))
-    return tuple(files)
+            to_merge[shard_id] = stats
+
+    def merge(shard_id: str) -> tuple[DataFile, ...]:
+        return tuple(_merged_generations(shard_id, to_merge[shard_id], store, cache))
+
+    with ThreadPoolExecutor(_NUM_MERGERS) as pool:
+        files.update(zip(to_merge, pool.map(merge, to_merge), strict=True))
+    return tuple(file for shard_id in sorted(files) for file in files[shard_id])
 
 
 def _file_with_latents(commit: Commit) -> FileStat | None:
@@ -214,12 +228,41 @@ def _merged_generations(
 ) -> Iterator[DataFile]:
     seen: set[tuple[str, int]] = set()
     for stat in stats:
-        rows = open_checked(stat, store, cache).read_columns(("key", "clip_index", "bucket"))
+        rows = stored_columns(stat, store, cache, ("key", "clip_index", "bucket"))
         mask = np.array([(key, clip_index) not in seen for key, clip_index, _ in rows])
         seen.update((key, clip_index) for key, clip_index, _ in rows)
         if mask.any():
             file = DataFile(shard_id=shard_id, stat=stat, bucket_rows={})
             yield file.with_mask(mask, [rows[number][2] for number in np.flatnonzero(mask)])
+
+
+def stored_columns(stat: FileStat, store: ObjectStore, cache: FileCache, names: Sequence[str]) -> list[tuple[Any, ...]]:
+    """Some columns of every row of a committed file with latents, `latent` not among them.
+
+    Of Parquet only these columns are fetched, by ranges, and page checksums stand for the check of the file; a tar has
+    no columns and is fetched whole.
+
+    Raises:
+        DamagedObjectError: the file cannot be read, or has another number of rows than its record states.
+        StorageNotFoundError: it is gone.
+    """
+    if stat.content == "parquet":
+        return parquet_columns(stat, store, names)
+    return open_checked(stat, store, cache).read_columns(names)
+
+
+def parquet_columns(stat: FileStat, store: ObjectStore, names: Sequence[str]) -> list[tuple[Any, ...]]:
+    """As `stored_columns`, of a Parquet file."""
+    url = store.url(stat.key)
+    try:
+        with io.BufferedReader(RangeReader(store, stat.key, stat.num_bytes), _READ_BLOCK_BYTES) as stream:
+            table = pq.ParquetFile(stream, page_checksum_verification=True).read(columns=list(names))
+        rows = list(zip(*(table.column(name).to_pylist() for name in names), strict=True))
+    except (pa.ArrowException, ValueError, KeyError, OSError) as error:
+        raise DamagedObjectError(f"{url} cannot be read: {error}; latentmill verify says more") from error
+    if len(rows) != stat.num_rows:
+        raise DamagedObjectError(f"{url} has {len(rows)} rows, its record states {stat.num_rows}")
+    return rows
 
 
 def open_checked(stat: FileStat, store: ObjectStore, cache: FileCache) -> RecordFile:

@@ -24,7 +24,7 @@ import torch.distributed
 from torch.utils.data import IterableDataset, get_worker_info
 
 from pipeline.batches import BATCH_NAMES, BatchRecipe
-from pipeline.columns import ColumnSet
+from pipeline.columns import ColumnSet, SetName, columns_store
 from pipeline.commit import (
     decided_shards,
     latest_snapshot_number,
@@ -45,11 +45,11 @@ from pipeline.epoch import (
     shuffled,
 )
 from pipeline.errors import UsageError
-from pipeline.format import Content, schema
+from pipeline.format import EXTRA, Content, schema
 from pipeline.records import DatasetManifest
 from pipeline.rows import PlannedBatch, RowReader
 from pipeline.selection import Filter, expression_of
-from pipeline.storage import open_store
+from pipeline.storage import ObjectStore, open_store
 
 STATE_VERSION = 3
 
@@ -122,13 +122,14 @@ class LatentDataset(IterableDataset[dict[str, Any]]):
         captions: columns that hold captions: of those that are not empty one is drawn for each sample.
         caption_dropout: probability with which a sample gets the empty caption.
         first_frame: give the latent of the first frame as well.
-        text, image: names of column sets ("text", "image") whose embeddings are given out.
+        text, image: names of column sets ("text", "image") whose embeddings are given out; a text set must be one of
+            all columns of `captions`.
         window_bytes: files that are shuffled together, at most 128, a quarter of them for each batch.
         cache_dir: where files of a remote store are kept; None: ~/.cache/latentmill.
         cache_bytes: what all processes together keep there. Should hold a few windows of each rank of the machine.
 
     Raises:
-        UsageError: an argument is wrong, there is no dataset at `uri`, or it holds no rows.
+        UsageError: an argument is wrong, there is no dataset at `uri`, it holds no rows, or a column set lacks some.
         DamagedObjectError: while iterating, a file does not have the size or SHA-256 that its commit states.
         StorageNotFoundError: while iterating, a committed file is not there.
     """
@@ -186,8 +187,8 @@ class LatentDataset(IterableDataset[dict[str, Any]]):
             captions=tuple(captions),
             caption_dropout=caption_dropout,
             first_frame=first_frame,
-            text=None if text is None else ColumnSet.open(self._store, text, self._cache),
-            image=None if image is None else ColumnSet.open(self._store, image, self._cache),
+            text=_column_set("text", text, self._store, self._cache, captions),
+            image=_column_set("image", image, self._store, self._cache, captions),
         )
         self._contents = self._planned(self._agreed_latest() if follow else snapshot)
         # Epoch, global batches to pass over, snapshot. Shared memory, so that persistent workers see a new epoch too.
@@ -320,7 +321,11 @@ class LatentDataset(IterableDataset[dict[str, Any]]):
         return number
 
     def _planned(self, snapshot: int | None) -> Contents:
-        return contents_of(self._store, self._cache, snapshot, self._filter, self._batch_size, self.manifest.model)
+        contents = contents_of(self._store, self._cache, snapshot, self._filter, self._batch_size, self.manifest.model)
+        if get_worker_info() is None:  # a worker plans what its loader has planned before
+            for column_set in self._recipe.column_sets:
+                column_set.refuse_gaps(contents.files)
+        return contents
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         # Not a generator itself: StatefulDataLoader asks for the state before the first batch.
@@ -387,6 +392,7 @@ class LatentDataset(IterableDataset[dict[str, Any]]):
             self._cache,
             self._contents.checked.numpy(),
             self._recipe.read_columns,
+            self._recipe.column_sets,
             self._filter,
             # A batch may still hold rows of the window before the current one.
             max_open_files=2 * WINDOW_FILES * num_lanes // LANES,
@@ -470,9 +476,29 @@ def _check_columns(columns: Sequence[str], captions: Sequence[str], table: pa.Sc
     taken = [name for name in columns if name in BATCH_NAMES]
     if taken:
         raise UsageError(f"columns: {', '.join(map(repr, taken))} is in every batch already; leave it out")
-    texts = [name for name in known if pa.types.is_string(table.field(name).type)]
+    texts = [name for name in known if pa.types.is_string(table.field(name).type) and name != EXTRA.name]
     if not captions or not set(captions) <= set(texts):
         raise UsageError(f"captions={tuple(captions)!r}: give columns of text, such as {', '.join(texts)}")
+
+
+def _column_set(
+    argument: SetName, name: str | None, store: ObjectStore, cache: FileCache, captions: Sequence[str]
+) -> ColumnSet | None:
+    if name is None:
+        return None
+    found = ColumnSet.open(store, name, cache)
+    if found.manifest.name != argument:
+        raise UsageError(
+            f"{argument}={name!r} names a set of {found.manifest.name} embeddings; give {argument}={argument!r}"
+        )
+    embedded = found.manifest.fingerprint_fields.get("columns")
+    if argument == "text" and isinstance(embedded, list) and not set(captions) <= set(embedded):
+        raise UsageError(
+            f"captions={tuple(captions)!r}: {columns_store(store, name).root_uri} holds embeddings of the columns "
+            f"{', '.join(embedded)} only; draw captions of these, or encode into another output with --text-columns "
+            f"{','.join(captions)}"
+        )
+    return found
 
 
 def _check_draws(sample_posterior: bool, caption_dropout: float, manifest: DatasetManifest, uri: str) -> None:

@@ -5,8 +5,9 @@ so that every rank and every DataLoader worker works the same order out for itse
 
 Files are shuffled and dealt to LANES, which take turns to give a batch. In a lane consecutive files form a window of
 bounded size, and a file that is larger than a window is cut into consecutive pieces, each in the place of a file; the
-rows of a window are shuffled together and dealt to the pending batch of their bucket; a batch that is full is next. What is pending when a window ends is filled up from the next window; what is pending at the end of the
-epoch is put together over all lanes, and what fills no batch then is the epoch's remainder.
+rows of a window are shuffled together and dealt to the pending batch of their bucket; a batch that is full is next.
+What is pending when a window ends is filled up from the next window; what is pending at the end of the epoch is put
+together over all lanes, and what fills no batch then is the epoch's remainder.
 
 DataLoader asks its workers in turn, so with 1, 2 or 4 of them each reads lanes of its own, and nothing is decoded
 twice. Inside a global batch rows stand in the order of their files: a batch is a set to the optimiser, and so the slice

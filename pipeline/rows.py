@@ -22,6 +22,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.columns import ColumnSet
 from pipeline.committed import DataFile, FileCache, open_bytes
 from pipeline.errors import DamagedObjectError, StorageNotFoundError
 from pipeline.selection import matching_rows
@@ -64,6 +65,7 @@ class RowReader:
         files: as planned.
         checked: `(files,)`, shared by the processes of a dataset: what stands for the check of a file, 0 for none yet.
         columns: read beside the latents.
+        column_sets: opened for a shard when its file is fetched ahead.
         wanted: the filter that the files were planned with, and the columns that it may name.
         max_open_files: files that stay open.
         window_bytes: twice as much is kept of decoded row groups, and as much of files is fetched ahead.
@@ -77,6 +79,7 @@ class RowReader:
         cache: FileCache,
         checked: npt.NDArray[np.int64],
         columns: Sequence[str],
+        column_sets: Sequence[ColumnSet],
         wanted: tuple[pc.Expression, pa.Schema] | None,
         max_open_files: int,
         window_bytes: int,
@@ -88,6 +91,9 @@ class RowReader:
         self._cache = cache
         self._checked = checked
         self.columns = tuple(dict.fromkeys(["bucket", *columns]))
+        self._column_sets = column_sets
+        for column_set in column_sets:
+            column_set.own()
         self._wanted = wanted
         self._window_bytes = window_bytes
         self._files: _Recent[OpenFile] = _Recent(max_open_files)
@@ -151,6 +157,12 @@ class RowReader:
     def has_group(self, file: int, group: int) -> bool:
         """Whether a row group is decoded."""
         return (file, group) in self._groups
+
+    def fetched(self, file: int) -> OpenFile:
+        """As `opened`, and the embeddings of its shard are at hand too."""
+        for column_set in self._column_sets:
+            column_set.prepare(self.data_files[file].shard_id)
+        return self.opened(file)
 
     def opened(self, file: int) -> OpenFile:
         """Opens a file and checks it; safe in threads."""
@@ -227,7 +239,7 @@ class _Background:
         """Has a file opened; False where that is so already."""
         if file in self._files or self._reader.has_file(file):
             return False
-        self._files[file] = self._fetchers.submit(self._reader.opened, file)
+        self._files[file] = self._fetchers.submit(self._reader.fetched, file)
         return True
 
     def begin_groups(self, batch: PlannedBatch) -> None:

@@ -38,7 +38,7 @@ def test_messages_of_ray_that_get_lost_cost_no_sample_and_double_none(own_home: 
         with RunningJob([*flags, "--output", str(output)], env) as job:
             outcomes.append(job.end(900))
         check(read_output(str(output)), plan_of_tars(tmp_path / "in"), seen)
-    assert _num_lost(Path(own_home["RAY_TMPDIR"])) > 50, "this Ray does not know RAY_testing_rpc_failure in this form"
+    assert _num_lost(Path(own_home["RAY_TMPDIR"])) > 10, "this Ray does not know RAY_testing_rpc_failure in this form"
     print(f"{_num_lost(Path(own_home['RAY_TMPDIR']))} lost, drivers ended with {[o.code for o in outcomes]}")
     assert outcomes[-1].code == 0, [outcome.said for outcome in outcomes]
     verdict = check(read_output(str(output)), plan_of_tars(tmp_path / "in"), seen)

@@ -266,7 +266,7 @@ def test_of_parquet_files_only_the_texts_are_fetched(
     bucket = Bucket(width_px=256, height_px=256, num_frames=17)
     monkeypatch.setattr("pipeline.format._ROW_GROUP_BYTES", 1 << 18)
     base = output(tmp_path / "out", [[record(f"k{n}", bucket=bucket, caption=f"caption {n}") for n in range(40)]])
-    monkeypatch.setattr("pipeline.columns._READ_BLOCK_BYTES", 1 << 12)
+    monkeypatch.setattr("pipeline.committed._READ_BLOCK_BYTES", 1 << 12)
     num_bytes = 0
     read = LocalStore.get_range
 

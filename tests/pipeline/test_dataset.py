@@ -259,6 +259,18 @@ def test_of_several_generations_of_a_shard_the_lowest_counts(tmp_path: Path) -> 
     assert dataset.num_records == 4
 
 
+def test_opening_an_output_with_retries_fetches_no_file(s3_env: SeaweedFS, tmp_path: Path) -> None:
+    root = s3_env.root()
+    store = open_store(root)
+    about = open_dataset(store, manifest())
+    for shard_id in ("s", "t", "u"):
+        commit_records(store, about, shard_id, [record("a"), record("b")], [rejection("c")])
+        commit_records(store, about, shard_id, [record("b"), record("c")], keys=["b", "c"])
+    dataset = LatentDataset(root, batch_size=2, cache_dir=tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+    assert Counter(name for batch in dataset for name in names(batch)) == {("a", 0): 3, ("b", 0): 3, ("c", 0): 3}
+
+
 def test_a_record_that_was_replaced_is_not_read_and_an_older_snapshot_still_reads_it(tmp_path: Path) -> None:
     store = open_store(str(tmp_path))
     about = open_dataset(store, manifest())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,7 +18,8 @@ from latents import IMAGE, SMALL, WIDE, commit_records, latent_of, manifest, out
 from torch.utils.data import DataLoader
 
 from pipeline import LatentDataset
-from pipeline.commit import load_commits, open_dataset
+from pipeline.columns import ColumnSet
+from pipeline.commit import load_commits, manifest_of_output, open_dataset, publish_snapshot
 from pipeline.errors import DamagedObjectError, UsageError
 from pipeline.records import LatentRecord
 from pipeline.storage import open_store
@@ -104,6 +106,10 @@ def test_a_state_fits_another_number_of_ranks_where_budgets_give_the_same_global
         ({"follow": True, "snapshot": 1}, "give one of the two"),
         ({"follow": True}, "no snapshot to follow"),
         ({"text": "texts"}, "no column set 'texts'"),
+        ({"text": "image"}, "names a set of image embeddings"),
+        ({"image": "text"}, "names a set of text embeddings"),
+        ({"captions": ("extra",)}, "give columns of text"),
+        ({"captions": ("caption", "title"), "text": "text"}, "embeddings of the columns caption only"),
     ],
 )
 def test_wrong_wishes_are_refused_with_what_is_allowed(root: str, options: dict[str, Any], said: str) -> None:
@@ -226,6 +232,32 @@ def test_embeddings_belong_to_the_caption_that_was_drawn(root: str, num_workers:
             np.testing.assert_array_equal(batch["image_embedding"][row], image.astype(np.float32))
         dropped += batch["caption"].count("")
     assert 5 < dropped < 35
+
+
+def test_a_set_that_does_not_cover_the_data_is_refused_before_the_first_batch(tmp_path: Path) -> None:
+    store = output(tmp_path, SHARDS[:2], passthrough=PASSTHROUGH)
+    texts = add_text_set(store)
+    publish_snapshot(texts)
+    about = manifest_of_output(store)
+    commit_records(store, about, "later", [record("z", fields={"score": 1.0, "title": None})])
+    with pytest.raises(UsageError, match=r"does not cover 1 files .* shard later; add them: .*encode_text\.py"):
+        LatentDataset(str(tmp_path), text="text")
+    # What is committed to the set counts, published or not.
+    add_text_set(store)
+    assert len(names(LatentDataset(str(tmp_path), text="text"))) == 21
+
+
+def test_the_embeddings_of_later_batches_are_opened_ahead(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: dict[str, set[bool]] = {}
+    opened = ColumnSet._opened
+
+    def noted(self: ColumnSet, shard_id: str) -> Any:
+        threads.setdefault(shard_id, set()).add(threading.current_thread() is threading.main_thread())
+        return opened(self, shard_id)
+
+    monkeypatch.setattr(ColumnSet, "_opened", noted)
+    assert len(names(LatentDataset(root, batch_size=4, text="text"))) == 40
+    assert threads == {shard_id: {False} for shard_id in ("s000", "s001", "s002", "s003")}
 
 
 def test_statistics_are_those_of_the_latents_that_are_given_out(root: str) -> None:
