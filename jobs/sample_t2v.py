@@ -209,7 +209,8 @@ def _told_by_prompts(
     source = job.text.text_encoder or loaded.origin.get("conditions", {}).get("encoder")
     if source is None:
         raise UsageError("--text-encoder must be given: the model does not say which one its captions were embedded by")
-    config = replace(job.text, text_encoder=source)
+    padding = loaded.origin.get("conditions", {}).get("padding", job.text.text_padding)
+    config = replace(job.text, text_encoder=source, text_padding=padding)
     encoder = TextEncoder(config, device, "float32", job.sample.threads)
     _check_encoder(loaded, encoder.manifest, "text-encoder")
     *texts, empty = (torch.from_numpy(found.embedding.astype(np.float32)) for found in encoder.embed([*prompts, ""]))

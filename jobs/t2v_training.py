@@ -205,6 +205,7 @@ def tune(job: TuningJob, worker: Worker) -> TrainingSummary:
             "encoder": conditions.encoder,
             "revision": conditions.manifest.revision,
             "weights_sha256": conditions.manifest.weights_sha256,
+            "padding": conditions.manifest.fingerprint_fields.get("padding", "none"),
             "max_length": conditions.max_length,
         },
         "buckets": [str(bucket) for bucket in buckets],

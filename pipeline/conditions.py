@@ -220,6 +220,7 @@ def configured_fields(text: TextEncoderConfig, image: ImageEncoderConfig) -> dic
         found["text.weights_sha256"] = weights_sha256(text)
         found["text.embedding_dtype"] = text.text_dtype
         found["text.columns"] = list(text.text_columns)
+        found["text.padding"] = text.text_padding
     if image.image_encoder is not None:
         found["image.weights_sha256"] = weights_sha256(image)
         found["image.embedding_dtype"] = image.image_dtype

@@ -25,6 +25,7 @@ _BUCKET = re.compile(r"(\d+)x(\d+)x(\d+)")
 FORMATS = ("parquet", "webdataset", "both")
 STORES = ("mean", "moments")
 STORE_DTYPES = ("float16", "float32")
+TEXT_PADDINGS = ("none", "max")
 COMPUTE_DTYPES = ("auto", "float32", "bfloat16", "float16")
 PROGRESS = ("auto", "plain", "json")
 
@@ -304,6 +305,12 @@ class TextEncoderConfig:
         "tokens of a text at most, special ones included; auto: what the encoder takes, else 512",
         auto_or(whole("text-max-tokens", 1)),
         None,
+    )
+    text_padding: str = option(
+        "none: a text has its own tokens; max: it is padded to the most tokens and padding is embedded too, which "
+        "diffusion models on CLIP were trained with (Stable Diffusion, ModelScope)",
+        choice("text-padding", TEXT_PADDINGS),
+        "none",
     )
 
 

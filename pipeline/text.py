@@ -6,9 +6,10 @@ diffusers serves too (`text_encoder/` with `tokenizer/`, `image_encoder/` with `
 are read, no code of a repository is ever run, and a weight that the file lacks is an error.
 
 **Text**: CLIP text models, T5 encoders (T5, mT5, UMT5) and sentence encoders (BERT, MPNet, RoBERTa and their kin). An
-embedding is the last hidden state of a caption's own tokens, special tokens included: no padding is stored. (The text
-towers of Stable Diffusion are trained on 77 tokens with padding that is looked at; what follows a caption is for the
-reader to add or to mask.)
+embedding is the last hidden state of a caption's own tokens, special tokens included: no padding is stored. Diffusion
+models on CLIP (Stable Diffusion, ModelScope) were trained with 77 tokens whose padding is looked at, and the states of
+padding depend on the caption: for these `text_padding` "max" embeds and stores it, CLIP without a mask, as diffusers
+calls it, others with one.
 
 **First frames**: `image_embeds` of a CLIP vision tower with its projection, with the preprocessing of Stable Video
 Diffusion: the frame in [-1, 1] is blurred (Gaussian, sigma = (factor - 1) / 2, at least 0.001) and squeezed to the
@@ -59,6 +60,8 @@ _IMAGE_CLASSES: Mapping[str, str] = {
     "clip": "CLIPVisionModelWithProjection",
     "clip_vision_model": "CLIPVisionModelWithProjection",
 }
+# Diffusion models that pad a CLIP text let it look at the padding.
+_FAMILIES_WITHOUT_MASK = ("clip", "clip_text_model")
 # Positions of these begin behind the padding index.
 _OFFSET_POSITIONS = ("mpnet", "roberta", "xlm-roberta")
 _RELATIVE_POSITIONS = ("t5", "mt5", "umt5")
@@ -297,6 +300,8 @@ class TextEncoder:
         self._device = device
         self._compute_dtype = compute_dtype
         self._dtype = config.text_dtype
+        self._pads = config.text_padding == "max"
+        self._has_mask = not (self._pads and family in _FAMILIES_WITHOUT_MASK)
         self._max_length = _max_length(self._tokenizer, self._model.config, family, config.text_max_tokens)
         self._empty: TextEmbedding | None = None
         self.manifest: ColumnsManifest = new_manifest(
@@ -304,6 +309,7 @@ class TextEncoder:
             {
                 "family": family,
                 "columns": list(config.text_columns),
+                "padding": config.text_padding,
                 "settings_sha256": _settings_sha256(files, _TOKENIZER_FILES),
                 **_device_fields(device, compute_dtype, num_threads),
             },
@@ -331,7 +337,7 @@ class TextEncoder:
         if caption == "" and self._empty is not None:
             return self._empty
         tokens, is_truncated = self._tokens(caption)
-        found = self._embedding(caption, self._hidden([tokens], len(tokens))[0], is_truncated)
+        found = self._embedding(caption, self._hidden([tokens], self._length(tokens))[0], is_truncated)
         if caption == "":
             self._empty = found
         return found
@@ -343,7 +349,7 @@ class TextEncoder:
             tokens = [self._tokens(caption) for caption in part]
             by_length: dict[int, list[int]] = {}
             for place, (ids, _) in enumerate(tokens):
-                by_length.setdefault(_padded_length(len(ids), self._max_length), []).append(place)
+                by_length.setdefault(_padded_length(self._length(ids), self._max_length), []).append(place)
             found: dict[int, TextEmbedding] = {}
             for length, places in by_length.items():
                 for first in range(0, len(places), _BATCH_TEXTS):
@@ -352,7 +358,7 @@ class TextEncoder:
                     # Short batches are filled up: another number of rows may be another order of sums.
                     hidden = self._hidden([*rows, *[rows[0]] * (_BATCH_TEXTS - len(rows))], length)
                     for place, row in zip(batch, hidden, strict=False):
-                        own = row[: len(tokens[place][0])]
+                        own = row[: self._length(tokens[place][0])]
                         found[place] = self._embedding(part[place], own, tokens[place][1])
             yield from (found[place] for place in range(len(part)))
 
@@ -362,13 +368,19 @@ class TextEncoder:
             return tokens, False
         return list(self._tokenizer(caption, truncation=True, max_length=self._max_length)["input_ids"]), True
 
+    def _length(self, tokens: Sequence[int]) -> int:
+        """How many states of a text are stored."""
+        return self._max_length if self._pads else len(tokens)
+
     @torch.inference_mode()
     def _hidden(self, rows: Sequence[Sequence[int]], length: int) -> torch.Tensor:
-        """`(len(rows), length, D)`; what stands behind the end of a row means nothing."""
+        """`(len(rows), length, D)`; unless texts are padded, what stands behind the end of a row means nothing."""
         pad = self._tokenizer.pad_token_id or 0
         ids = torch.tensor([[*row, *[pad] * (length - len(row))] for row in rows], device=self._device)
         mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows], device=self._device)
-        hidden: torch.Tensor = self._model(input_ids=ids, attention_mask=mask).last_hidden_state
+        hidden: torch.Tensor = self._model(
+            input_ids=ids, attention_mask=mask if self._has_mask else None
+        ).last_hidden_state
         return hidden
 
     def _embedding(self, caption: str, hidden: torch.Tensor, is_truncated: bool) -> TextEmbedding:

@@ -82,6 +82,27 @@ def test_an_embedding_is_what_a_direct_call_gives_trimmed_to_the_true_length(nam
         assert found.is_truncated == (len(tokenizer(caption, verbose=False)["input_ids"]) > max_length)
 
 
+@pytest.mark.parametrize("name", KINDS)
+def test_padding_is_embedded_as_diffusion_pipelines_do_it_where_it_is_asked_for(name: str, made: Path) -> None:
+    model_class, dim, _ = KINDS[name]
+    folder = _folder(name, made)
+    encoder = _text(folder, text_padding="max", text_max_tokens=18)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = model_class.from_pretrained(folder).eval()  # type: ignore[attr-defined]
+    for caption, found in zip(CAPTIONS, encoder.embed(CAPTIONS), strict=True):
+        # As StableDiffusionPipeline.encode_prompt: CLIP is given no mask, and looks at the padding.
+        tokens = tokenizer(caption, padding="max_length", truncation=True, max_length=18, return_tensors="pt")
+        mask = None if "clip" in name else tokens.attention_mask
+        with torch.no_grad():
+            wanted = model(tokens.input_ids, attention_mask=mask).last_hidden_state[0].numpy()
+        assert found.embedding.shape == (18, dim)
+        np.testing.assert_array_equal(found.embedding, wanted)
+    batched = list(encoder._batched(CAPTIONS))
+    for one, many in zip(encoder.embed(CAPTIONS), batched, strict=True):
+        assert one.embedding.shape == many.embedding.shape
+        np.testing.assert_allclose(one.embedding, many.embedding, atol=2e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("name", ["clip_text", "t5"])
 def test_the_bytes_of_an_embedding_do_not_depend_on_its_neighbours(name: str, made: Path) -> None:
     encoder = _text(made / name)
@@ -154,6 +175,7 @@ def test_the_fingerprint_follows_weights_tokenizer_dtype_length_columns_and_thre
     fingerprints.add(_text(folder, text_dtype="float16").manifest.fingerprint)
     fingerprints.add(_text(folder, text_max_tokens=12).manifest.fingerprint)
     fingerprints.add(_text(folder, text_columns=("caption", "short")).manifest.fingerprint)
+    fingerprints.add(_text(folder, text_padding="max").manifest.fingerprint)
     fingerprints.add(_text(made / "clip").manifest.fingerprint)
     config = TextEncoderConfig(text_encoder=str(folder), text_dtype="float32")
     fingerprints.add(TextEncoder(config, CPU, "float32", 2).manifest.fingerprint)
@@ -162,7 +184,7 @@ def test_the_fingerprint_follows_weights_tokenizer_dtype_length_columns_and_thre
     settings = json.loads((other / "tokenizer_config.json").read_text())
     (other / "tokenizer_config.json").write_text(json.dumps(settings | {"model_max_length": 19}))
     fingerprints.add(_text(other).manifest.fingerprint)
-    assert len(fingerprints) == 7
+    assert len(fingerprints) == 8
 
 
 def _no_weights(folder: Path) -> None:
