@@ -22,7 +22,9 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -66,6 +68,8 @@ EXIT_OK, EXIT_USAGE, EXIT_MISMATCH, EXIT_UNDONE, EXIT_INTERRUPTED = 0, 2, 3, 4, 
 _SNAPSHOT_EVERY = 1000
 _TOLD_EVERY_S = 10.0
 _MAX_TOLD = 20
+# Records whose captions are on their way while others are embedded.
+_FETCHED_AHEAD = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -170,9 +174,9 @@ def encode_texts(run: RunPart, text: TextEncoderConfig, progress: Progress) -> S
     tasks, summary = _tasks(output, progress)
     todo = tasks[: run.limit]
     told_at_s = started
-    for number, task in enumerate(todo, start=1):
+    for number, (task, captions) in enumerate(_with_captions(output, todo, text.text_columns), start=1):
         try:
-            is_ours = _cover(encoders, output, task, summary)
+            is_ours = _cover(encoders, task, captions.result(), summary)
         except StorageUnavailableError:
             raise
         except StorageError as error:
@@ -233,9 +237,24 @@ def _tasks(output: ObjectStore, progress: Progress) -> tuple[list[_Task], Summar
     return tasks, summary
 
 
-def _cover(encoders: ConditionEncoders, output: ObjectStore, task: _Task, summary: Summary) -> bool:
-    assert encoders.text is not None, "this job has a text encoder"
-    captions = stored_captions_of(output, task.base, encoders.text_columns)
+def _with_captions(
+    output: ObjectStore, tasks: Sequence[_Task], columns: Sequence[str]
+) -> Iterator[tuple[_Task, Future[dict[str, list[str]]]]]:
+    """The tasks with their captions, those of the next ones on their way meanwhile: an encoder waits for no store."""
+    with ThreadPoolExecutor(_FETCHED_AHEAD) as pool:
+        coming = deque[tuple[_Task, Future[dict[str, list[str]]]]]()
+        try:
+            for task in tasks:
+                coming.append((task, pool.submit(stored_captions_of, output, task.base, columns)))
+                if len(coming) > _FETCHED_AHEAD:
+                    yield coming.popleft()
+            while coming:
+                yield coming.popleft()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _cover(encoders: ConditionEncoders, task: _Task, captions: Mapping[str, Sequence[str]], summary: Summary) -> bool:
     conditions = encoders.shard(task.shard_id)
     with Scratch("text") as folder:
         conditions.write_texts(folder, captions)

@@ -114,8 +114,9 @@ class LatentDataset(IterableDataset[dict[str, Any]]):
             these calls are collective: rank 0 of torch.distributed says which snapshot all of them take.
         columns: more columns to give out.
         filter: rows that count: an expression of `pyarrow.compute`, or (column, operator, value) triples as
-            `pyarrow.parquet.read_table` takes them. Opening the dataset then reads these columns of every file (two to
-            four small requests each, 32 files at a time), in every rank; tars are read whole for it.
+            `pyarrow.parquet.read_table` takes them. Opening the dataset then reads these columns of every file (a small
+            request for each column and row group of 16 MiB, 32 files at a time), in every rank, and with `follow` in
+            every worker at each new snapshot; tars are read whole for it.
         scaled: False gives latents as they are stored.
         sample_posterior: kind "moments" only: draw from the posterior instead of giving its mean. The draw depends on
             the seed, the epoch and the sample only, as those of captions do.

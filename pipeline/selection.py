@@ -5,7 +5,8 @@ look into every file before an epoch can be planned; `dataset` asks for that onc
 on the bytes that it has checked.
 
 Parquet gives the footer and the columns that the filter names, and of these only the row groups whose minimum and
-maximum allow a match: two to four small requests for a file of a remote store. A tar has no columns and is read whole.
+maximum allow a match: of a remote store about one small request for each such group and column. A tar has no columns
+and is read whole.
 """
 
 from __future__ import annotations

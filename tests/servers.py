@@ -48,8 +48,10 @@ def ray_folders() -> Iterator[dict[str, str]]:
     """
     folder = Path(tempfile.mkdtemp(prefix="lm", dir="/tmp"))
     (folder / "home").mkdir()
-    yield {"HOME": str(folder / "home"), "RAY_TMPDIR": str(folder), "RAY_worker_niceness": "0"}
-    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        yield {"HOME": str(folder / "home"), "RAY_TMPDIR": str(folder), "RAY_worker_niceness": "0"}
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def free_ports(count: int) -> int:

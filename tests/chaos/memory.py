@@ -24,6 +24,7 @@ from pathlib import Path
 import psutil
 from builders import CLIP_STILLS, CLIP_VIDEOS, pack_clips
 from integration.jobs_under_test import SMALL, RunningJob
+from servers import ray_folders
 
 _WARM_UP_SHARE = 1 / 6
 _MOST_SHARDS = 30_000
@@ -39,16 +40,13 @@ def slope_per_hour(samples: Sequence[tuple[float, float]]) -> float:
 def watch(minutes: float) -> dict[str, list[tuple[float, float]]]:
     """Runs the job for so long; process -> (seconds since the first sample, MiB)."""
     samples: dict[str, list[tuple[float, float]]] = {"driver": [], "actor": []}
-    with (
-        tempfile.TemporaryDirectory(prefix="lm-memory-") as folder,
-        tempfile.TemporaryDirectory(prefix="lm", dir="/tmp", ignore_cleanup_errors=True) as ray_home,
-    ):
+    with tempfile.TemporaryDirectory(prefix="lm-memory-") as folder, ray_folders() as env:
         tars, output = Path(folder, "in"), Path(folder, "latents")
         (tar,) = pack_clips(tars, 1, (*CLIP_VIDEOS, *CLIP_STILLS)[:4])
         for number in range(1, _MOST_SHARDS):
             os.link(tar, tars / f"{number:05d}.tar")
         flags = ["--input", str(tars), "--output", str(output), "--num-actors", "1", *SMALL]
-        with RunningJob(flags, {"HOME": ray_home, "RAY_TMPDIR": ray_home}) as job:
+        with RunningJob(flags, env) as job:
             job.wait_until(lambda: any(output.glob("commits/*/*.json")), "the first commit was there", 600)
             (actor,) = job.find("ray::EncodeActor")
             began = time.monotonic()

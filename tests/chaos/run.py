@@ -30,7 +30,7 @@ from chaos.process_faults import KINDS, episode, make_shards, undisturbed
 from chaos.proxy import possible_pairs
 from chaos.restart import restart_s
 from chaos.store_faults import strike
-from servers import seaweed
+from servers import ray_folders, seaweed
 
 _FAULTS_PER_EPISODE = 8
 _STORE_FAULTS_PER_STEP = 250
@@ -192,9 +192,7 @@ def main() -> int:
     goals = Goals(flags.process_faults, flags.store_faults, flags.races)
     state = State(flags.state, is_resumed=flags.resume)
     until_s = time.monotonic() + (60 * flags.part if flags.part is not None else 1e9)
-    # Ray's own files apart from those of other runs; the paths of its sockets must be short.
-    with tempfile.TemporaryDirectory(prefix="lm", dir="/tmp", ignore_cleanup_errors=True) as ray_home:
-        env = {"HOME": ray_home, "RAY_TMPDIR": ray_home}
+    with ray_folders() as env:
         while time.monotonic() < until_s:
             is_process_done = state.total("process", "num_faults") >= goals.process_faults
             is_store_done = (
