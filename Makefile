@@ -8,9 +8,9 @@ PIP = .venv/bin/pip install --quiet --disable-pip-version-check --constraint con
 demo: .venv/installed-run
 	.venv/bin/python jobs/demo.py --output demo-output
 
-# Two processes: most tests wait as long as they compute. Whole runs on Ray go one after the other (tests/conftest.py).
+# Two processes, of one thread each: most tests wait as long as they compute.
 test: .venv/installed-test
-	.venv/bin/python -m pytest --numprocesses 2
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest --numprocesses 2 --dist loadfile
 
 # make bench LITDATA_PYTHON=/venv/bin/python compares with LitData as well, which has a virtual environment of its own.
 bench: .venv/installed-test

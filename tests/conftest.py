@@ -11,24 +11,9 @@ from typing import Any
 
 import pytest
 from servers import FaultProxy, ray_folders, s3_client, seaweed
-from xdist.scheduler import LoadScopeScheduling
 
 import pipeline.s3
 from pipeline.storage import ObjectStore, open_store
-
-
-class _FilesTogether(LoadScopeScheduling):  # type: ignore[misc]
-    """Shares tests among processes (`make test` has two) by file, and all runs on Ray in one, one after the other."""
-
-    def _split_scope(self, nodeid: str) -> str:
-        path = nodeid.partition("::")[0]
-        return "runs on Ray" if path.startswith(("tests/integration/", "tests/chaos/")) else path
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
-    # xdist's own groups by marks do not work with pytest 9.
-    return _FilesTogether(config, log)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ from conftest import SeaweedFS
 NUM_FAULTS = 200
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_every_fault_on_every_kind_of_key_leaves_each_sample_once_and_the_bytes_of_a_clean_run(
     seaweedfs: SeaweedFS,
