@@ -111,15 +111,16 @@ _LATENT_DTYPES: Mapping[str, np.dtype[Any]] = {"float16": np.dtype("<f2"), "floa
 # random row costs; speeds differ up to twofold from run to run):
 #   row group  codec   encoding  size   write  read  row ms
 #      1 MiB   zstd 1  plain     0.922    697  1241     0.9
-#     16 MiB   zstd 1  plain     0.922    549  1363    11.9   <- chosen
+#     16 MiB   zstd 1  plain     0.922    549  1363    11.9
 #     64 MiB   zstd 1  plain     0.922    512  1388    45.5
-#     16 MiB   none    plain     1.000   1178  9198     1.8
+#     16 MiB   none    plain     1.000   1178  9198     1.8   <- chosen for latents; zstd 1 for all other columns
 #     16 MiB   zstd 3  plain     0.916    467  1242    13.2
 #     16 MiB   zstd 9  plain     0.922    490  1430    11.3
 #     16 MiB   zstd 1  split     0.843    273   837    47.1
-# Mantissas hardly compress, so a level above 1 buys next to nothing. Small row groups do not cost size; tens of MB
-# keep the requests to a remote store few. Byte-stream-split saves a tenth more, but Parquet has it for numbers only:
-# the latent would be a list of half floats instead of bytes that every reader can look at without conversion.
+# Mantissas hardly compress, and to undo zstd is most of what reading a row costs: seven times the rest, for 8 % of
+# bytes. Small row groups do not cost size; tens of MB keep the requests to a remote store few. Byte-stream-split saves
+# a tenth more, but Parquet has it for numbers only: the latent would be a list of half floats instead of bytes that
+# every reader can look at without conversion.
 _ROW_GROUP_BYTES = 16 << 20
 _ZSTD_LEVEL = 1
 # Rows that weigh next to nothing must not pile up for ever either: rejections, and latents of tiny pictures.
@@ -401,6 +402,11 @@ def _json_text(value: object) -> str:
     return json.dumps(value, ensure_ascii=True, allow_nan=False)
 
 
+def _leaves(schema: pa.Schema) -> list[str]:
+    """The names of a schema's columns as Parquet has them: of a list its elements."""
+    return [f"{field.name}.list.element" if pa.types.is_list(field.type) else str(field.name) for field in schema]
+
+
 class _ParquetFile:
     """One Parquet file in the making, a row group at a time."""
 
@@ -415,12 +421,13 @@ class _ParquetFile:
         unique = {"latent", "caption", "key", "message", "extra"}
         repeated = [f.name for f in schema if f.name not in unique and pa.types.is_string(f.type)]
         ordered = [f.name for f in schema if f.name not in unique - {"key"} and not pa.types.is_list(f.type)]
+        codecs = {column: "none" if column == "latent" else "zstd" for column in _leaves(schema)}
         self._writer = pq.ParquetWriter(
             self._partial,
             schema,
             version="2.6",
-            compression="zstd",
-            compression_level=_ZSTD_LEVEL,
+            compression=codecs,
+            compression_level={column: _ZSTD_LEVEL for column, codec in codecs.items() if codec == "zstd"},
             use_dictionary=repeated,
             write_statistics=ordered,
             write_page_checksum=True,

@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Generic, TypeVar
@@ -138,17 +138,20 @@ class RowReader:
         """The row with this number among the rows of the bucket that count in the file; raises as `read` does."""
         opened = self.file(file, background)
         group, index = opened.places[bucket][number]
-        return self._groups.get(
-            (file, group),
-            lambda: opened.read(group, self.columns) if background is None else background.group(opened, file, group),
-            lambda records: sum(record.latent.nbytes + _text_bytes(record.columns) for record in records),
-        )[index]
+        records = self._groups.find((file, group))
+        if records is None:
+            records = opened.read(group, self.columns) if background is None else background.group(opened, file, group)
+            weight = sum(record.latent.nbytes + _text_bytes(record.columns) for record in records)
+            self._groups.keep((file, group), records, weight)
+        return records[index]
 
     def file(self, file: int, background: _Background | None = None) -> OpenFile:
         """A file, checked and open."""
-        return self._files.get(
-            file, lambda: self.opened(file) if background is None else background.file(file), lambda _: 1
-        )
+        opened = self._files.find(file)
+        if opened is None:
+            opened = self.opened(file) if background is None else background.file(file)
+            self._files.keep(file, opened, 1)
+        return opened
 
     def has_file(self, file: int) -> bool:
         """Whether a file is open."""
@@ -244,14 +247,18 @@ class _Background:
 
     def begin_groups(self, batch: PlannedBatch) -> None:
         """Has decoded what a batch needs of the files that are open."""
+        numbers_of: dict[int, list[int]] = {}
         for file, number in zip(batch.files, batch.numbers, strict=True):
+            numbers_of.setdefault(file, []).append(number)
+        for file, numbers in numbers_of.items():
             coming = self._files.get(file)
             if coming is not None and not (coming.done() and coming.exception() is None):
                 continue
             opened = self._reader.file(file, self)
-            group, _ = opened.places[batch.bucket][number]
-            if (file, group) not in self._groups and not self._reader.has_group(file, group):
-                self._groups[file, group] = self._decoders.submit(opened.read, group, self._reader.columns)
+            places = opened.places[batch.bucket]
+            for group in dict.fromkeys(places[number][0] for number in numbers):
+                if (file, group) not in self._groups and not self._reader.has_group(file, group):
+                    self._groups[file, group] = self._decoders.submit(opened.read, group, self._reader.columns)
 
     def file(self, file: int) -> OpenFile:
         """A file that was begun, or opened now."""
@@ -276,16 +283,20 @@ class _Recent(Generic[_V]):
     def __contains__(self, key: Hashable) -> bool:
         return key in self._entries
 
-    def get(self, key: Hashable, load: Callable[[], _V], weigh: Callable[[_V], int]) -> _V:
-        if key in self._entries:
-            self._entries.move_to_end(key)
-            return self._entries[key][0]
-        value = load()
-        self._entries[key] = value, weigh(value)
-        self._weight += self._entries[key][1]
+    def find(self, key: Hashable) -> _V | None:
+        """A value that is kept, and now the most recently used."""
+        entry = self._entries.get(key)
+        if entry is None:
+            return None
+        self._entries.move_to_end(key)
+        return entry[0]
+
+    def keep(self, key: Hashable, value: _V, weight: int) -> None:
+        """Keeps a value that is not kept yet."""
+        self._entries[key] = value, weight
+        self._weight += weight
         while self._weight > self._limit and len(self._entries) > self._at_least:
             self._weight -= self._entries.popitem(last=False)[1][1]
-        return value
 
 
 def _text_bytes(columns: Mapping[str, object]) -> int:
