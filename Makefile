@@ -27,11 +27,11 @@ ablation: .venv/installed-test
 # make claim TEACHER=FOLDER, the image VAE that `small` was made for (TAEF2). What is finished is kept.
 claim: .venv/installed-test
 	@test -n "$(TEACHER)" || { echo "make claim needs TEACHER=FOLDER, the image VAE TAEF2" >&2; exit 2; }
-	PYTHONPATH=.:tests .venv/bin/python tests/benchmarks/claim.py --teacher "$(TEACHER)" --output claim-output $(FLAGS)
+	PYTHONPATH="$(CURDIR):$(CURDIR)/tests" .venv/bin/python tests/benchmarks/claim.py --teacher "$(TEACHER)" --output claim-output $(FLAGS)
 
 # Some hours; FLAGS="--part 30" does thirty minutes of the seeds, FLAGS="--part 30 --resume" the next thirty.
 chaos: .venv/installed-test
-	PYTHONPATH=.:tests .venv/bin/python -m chaos.run --state chaos-state $(FLAGS)
+	PYTHONPATH="$(CURDIR):$(CURDIR)/tests" .venv/bin/python -m chaos.run --state chaos-state $(FLAGS)
 
 chaos-tests: .venv/installed-test
 	.venv/bin/python -m pytest -m slow

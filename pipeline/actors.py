@@ -88,6 +88,7 @@ class Beat:
     num_steps: int
     num_store_errors_repeated: int
     num_store_errors_given_up: int
+    num_clips_waiting: int = 0  # decoded, and not yet taken by the encoder
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -193,6 +194,11 @@ class _DecodeAhead:
                 raise entry
             yield entry
 
+    @property
+    def num_waiting(self) -> int:
+        """Clips and failures that are decoded and not taken yet, about."""
+        return self._queue.qsize()
+
     def close(self) -> None:
         """Stops the thread and drops what is decoded; safe after the end and after an error."""
         self._stop.set()
@@ -246,6 +252,7 @@ class EncodeActor:
         self._decode_pool: DecodePool | None = None
         self._store: ObjectStore = open_store(config.run.output)
         self._is_stopping = False
+        self._ahead: set[_DecodeAhead] = set()
         self._room = _Room()
         # A core dump would hold credentials, and what others have in their videos.
         resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
@@ -310,6 +317,7 @@ class EncodeActor:
             num_steps=Steps.num_of_process,
             num_store_errors_repeated=StoreErrors.num_repeated,
             num_store_errors_given_up=StoreErrors.num_given_up,
+            num_clips_waiting=sum(ahead.num_waiting for ahead in tuple(self._ahead)),
         )
 
     def process(self, spec: ShardSpec, manifest: DatasetManifest, poison: frozenset[int] = frozenset()) -> ShardReport:
@@ -395,12 +403,14 @@ class EncodeActor:
         largest = max(bucket.num_bytes for bucket in self._config.encoding.buckets)
         with self._room.folder(spec.shard_id) as directory:
             ahead = _DecodeAhead(self._decode_pool.decode(videos), largest)
+            self._ahead.add(ahead)
             try:
                 self._turns.wait_for(turn)
                 encoded = self._encode(spec, manifest, ahead, directory, elsewhere)
                 self._turns.end(turn)
                 yield encoded
             finally:
+                self._ahead.discard(ahead)
                 ahead.close()
 
     def _attempt(

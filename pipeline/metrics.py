@@ -88,6 +88,9 @@ METRICS: Mapping[str, Metric] = {
     "latentmill_queue_depth": Metric(
         kind="gauge", help="shards handed to an actor and not yet returned", labels={"actor": None}
     ),
+    "latentmill_decode_backlog_clips": Metric(
+        kind="gauge", help="clips that are decoded and wait for the encoder of an actor", labels={"actor": None}
+    ),
     "latentmill_encoder_busy_ratio": Metric(
         kind="gauge",
         help="share of the last shard's time in which the encoder computed",

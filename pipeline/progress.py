@@ -1,4 +1,4 @@
-"""Shows how a run goes: a live line on a terminal, plain lines elsewhere, or JSON lines for programs.
+"""Shows how a run goes: a live view on a terminal, plain lines elsewhere, or JSON lines for programs.
 
 Not the metrics (those are `metrics`) and not the final result line (the job prints that). Called by `run`. Everything
 goes to standard error, so that standard output carries the result alone.
@@ -9,22 +9,49 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TextIO
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
 from rich.text import Text
 
 from pipeline.errors import printable
 
 _PLAIN_INTERVAL_S = 10.0
 _RATE_WINDOW_S = 300.0
+_MOST_REASONS = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Crew:
+    """The encoders of a run, at one moment.
+
+    Attributes:
+        num_encoders: started or starting.
+        num_nodes: that encoders at work are on.
+        encoder_busy_share: of the last shard of each encoder at work, on average; None before the first.
+        num_clips_waiting: decoded, and not yet taken by an encoder. Few: decoding is too slow; many: encoding is.
+    """
+
+    num_encoders: int = 0
+    num_encoders_ready: int = 0
+    num_nodes: int = 0
+    encoder_busy_share: float | None = None
+    num_clips_waiting: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Standing:
-    """How far a run is, at one moment."""
+    """How far a run is, at one moment.
+
+    Attributes:
+        reasons: rejections by reason code.
+        num_retries: attempts at a shard that failed.
+    """
 
     num_shards: int
     num_shards_done: int
@@ -32,19 +59,57 @@ class Standing:
     num_shards_undone: int
     num_records: int
     num_rejected: int
+    reasons: Mapping[str, int]
+    num_retries: int
     clips_per_s: float
     eta_s: float | None
     elapsed_s: float
+    crew: Crew
 
     def line(self) -> str:
         """One line for people."""
-        eta = "--" if self.eta_s is None else _duration(self.eta_s)
-        undone = f", {self.num_shards_undone} undone" if self.num_shards_undone else ""
+        busy = "" if self.crew.encoder_busy_share is None else f", busy {self.crew.encoder_busy_share:.0%}"
         return (
-            f"shards {self.num_shards_done}/{self.num_shards} ({self.num_shards_running} running{undone})  "
+            f"shards {self.num_shards_done}/{self.num_shards} ({self.num_shards_running} running{self._undone()})  "
             f"clips {self.num_records} at {self.clips_per_s:.2f}/s  rejected {self.num_rejected}  "
-            f"elapsed {_duration(self.elapsed_s)}  ETA {eta}"
+            f"encoders {self.crew.num_encoders_ready}/{self.crew.num_encoders}{busy}  retries {self.num_retries}  "
+            f"elapsed {_duration(self.elapsed_s)}  ETA {self._eta()}"
         )
+
+    def view(self) -> Group:
+        """Some lines for a terminal, at most five."""
+        crew = self.crew
+        total = max(1, self.num_shards)
+        shards = Table.grid(padding=(0, 2), expand=True)
+        shards.add_column(no_wrap=True)
+        shards.add_column(ratio=1)
+        shards.add_column(no_wrap=True)
+        shards.add_row(
+            Text(f"shards {self.num_shards_done:,}/{self.num_shards:,}", style="bold"),
+            ProgressBar(total=total, completed=min(self.num_shards_done, total)),
+            Text(f"{self.num_shards_done / total:.0%}  ETA {self._eta()}"),
+        )
+        nodes = f" on {crew.num_nodes} node{'s' * (crew.num_nodes != 1)}"
+        busy = "--" if crew.encoder_busy_share is None else f"{crew.encoder_busy_share:.0%}"
+        lines = [
+            f"{self.num_shards_running} running{self._undone()}, {self.num_retries} retries, "
+            f"elapsed {_duration(self.elapsed_s)}",
+            f"clips {self.num_records:,} at {self.clips_per_s:.2f}/s, {crew.num_clips_waiting} decoded and waiting",
+            f"encoders {crew.num_encoders_ready} of {crew.num_encoders}{nodes}, busy {busy}",
+        ]
+        rejected = f"rejected {self.num_rejected:,}"
+        most = sorted(self.reasons.items(), key=lambda reason: (-reason[1], reason[0]))
+        if most:
+            more = f", {len(most) - _MOST_REASONS} more reasons" if len(most) > _MOST_REASONS else ""
+            rejected += ": " + ", ".join(f"{name} {number:,}" for name, number in most[:_MOST_REASONS]) + more
+        # A line that wraps would be drawn again below itself.
+        return Group(shards, *(Text(line, no_wrap=True, overflow="ellipsis") for line in (*lines, rejected)))
+
+    def _undone(self) -> str:
+        return f", {self.num_shards_undone} undone" if self.num_shards_undone else ""
+
+    def _eta(self) -> str:
+        return "--" if self.eta_s is None else _duration(self.eta_s)
 
 
 def _duration(seconds: float) -> str:
@@ -100,8 +165,7 @@ class Progress:
     def show(self, standing: Standing, is_last: bool = False) -> None:
         """Shows a standing; plain and JSON lines appear every ten seconds and at the end."""
         if self._live is not None:
-            # A line that wraps would be drawn again below itself.
-            self._live.update(Text(standing.line(), no_wrap=True, overflow="ellipsis"))
+            self._live.update(standing.view())
             return
         now = time.monotonic()
         if now - self._last_shown_s < _PLAIN_INTERVAL_S and not is_last:

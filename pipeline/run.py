@@ -24,6 +24,7 @@ from ipaddress import ip_address
 from itertools import islice
 from types import FrameType
 from typing import Any
+from uuid import uuid4
 
 import ray
 import torch
@@ -60,7 +61,7 @@ from pipeline.errors import ConfigMismatchError, LatentmillError, StorageError, 
 from pipeline.format import FORMAT_VERSION
 from pipeline.metrics import RunMetrics
 from pipeline.plan import InputChange, changed_inputs, infer_passthrough, plan_shards
-from pipeline.progress import Progress, RateMeter, Standing
+from pipeline.progress import Crew, Progress, RateMeter, Standing
 from pipeline.records import Commit, DatasetManifest, ShardSpec, sum_counts
 from pipeline.redo import Retries, ordered_repairs, repairs, retries
 from pipeline.scratch import Scratch
@@ -76,6 +77,7 @@ _LOOK_AHEAD = 100
 _POLL_S = 0.5
 _STOP_S = 5.0
 _BEAT_S = 2.0
+_FIT_S = 5.0
 # Of the time between two looks at the actors, no more than this counts: a driver that was frozen itself, or waited for
 # the store, must not blame the actors.
 _LONGEST_LOOK_S = 5.0
@@ -390,6 +392,8 @@ class _Ledger:
         self.sandbox: str | None = None
         self._num_records = 0
         self._num_rejected = 0
+        self._reasons: Counter[str] = Counter()
+        self._num_retries = 0
         self._rate = RateMeter()
         self.note_states(0)
 
@@ -423,6 +427,7 @@ class _Ledger:
         if report.outcome == "committed":
             self._num_records += counts.num_records
             self._num_rejected += counts.num_videos_rejected
+            self._reasons.update(counts.reasons)
             metrics.add("latentmill_videos_total", counts.num_videos_ok, outcome="ok")
             metrics.add("latentmill_videos_total", counts.num_videos_rejected, outcome="rejected")
             metrics.add("latentmill_clips_total", counts.num_records, outcome="ok")
@@ -436,6 +441,11 @@ class _Ledger:
                 metrics.observe("latentmill_stage_seconds", seconds, stage=stage)
             metrics.set("latentmill_encoder_busy_ratio", report.busy_share, actor=str(actor))
         self._rate.add(len(self.done), self._num_records)
+
+    def note_failed_attempt(self) -> None:
+        """Counts an attempt at a shard that ended in an error or a death."""
+        self._num_retries += 1
+        self.metrics.add("latentmill_shard_attempts_failed_total")
 
     def give_up(self, message: str) -> None:
         """Leaves every shard undone that is neither done nor undone for a reason of its own."""
@@ -454,7 +464,7 @@ class _Ledger:
         ):
             self.metrics.set("latentmill_shards", number, state=state)
 
-    def standing(self, num_running: int) -> Standing:
+    def standing(self, num_running: int, crew: Crew) -> Standing:
         """How far the run is."""
         self.note_states(num_running)
         shards_per_s, clips_per_s = self._rate.rates()
@@ -468,9 +478,12 @@ class _Ledger:
             num_shards_undone=len(self.undone),
             num_records=self._num_records,
             num_rejected=self._num_rejected,
+            reasons=dict(self._reasons),
+            num_retries=self._num_retries,
             clips_per_s=clips_per_s,
             eta_s=eta_s,
             elapsed_s=time.monotonic() - self._started,
+            crew=crew,
         )
 
     def close(self, snapshot: Snapshot | None, is_trained: bool | None) -> RunSummary:
@@ -619,6 +632,9 @@ class _Slot:
     beat: Any = None  # the question that is not answered yet
     has_been_heard: bool = False  # since its process was started
     num_steps: int = -1
+    node: str = ""
+    busy_share: float | None = None  # of its last shard
+    num_clips_waiting: int = 0
     # In the driver's waking time:
     asked_s: float = 0.0
     heard_s: float = 0.0
@@ -639,26 +655,77 @@ class _Pool:
                 "wait", f"no node has {num_cpus} CPUs and {num_gpus:g} GPUs free for an actor; waiting for one"
             )
         num_actors = min(config.run.num_actors or max(1, fitting), num_shards)
-        actor = ray.remote(EncodeActor).options(
-            num_cpus=num_cpus,
-            num_gpus=num_gpus,
-            max_restarts=-1,
-            max_task_retries=0,
+        self._place = num_cpus, num_gpus
+        self._options: dict[str, Any] = {
+            "num_cpus": num_cpus,
+            "num_gpus": num_gpus,
+            "max_restarts": -1,
+            "max_task_retries": 0,
             # Beside shards: start or stop, beats, and shards that the driver took for lost with an actor that lived.
-            max_concurrency=2 * _SHARDS_PER_ACTOR + 2,
-            runtime_env={} if num_gpus else {"env_vars": CPU_ENVIRONMENT},
-        )
+            "max_concurrency": 2 * _SHARDS_PER_ACTOR + 2,
+            "runtime_env": {} if num_gpus else {"env_vars": CPU_ENVIRONMENT},
+        }
         self._wanted = f"{num_actors} actors of {num_cpus} CPUs and {num_gpus:g} GPUs each"
         self._progress = progress
         self._metrics = metrics
         self._run = config.run
         self._has_been_ready = False
         self._awake_s = 0.0
-        self._looked_s = time.monotonic()
-        self.slots = [_Slot(index, actor.remote(config, str(index), device_type)) for index in range(num_actors)]
+        self._looked_s = self._fitted_s = time.monotonic()
+        self._config = config
+        self._device_type = device_type
+        # Names are shown by Ray's dashboard, and must differ from those of other runs there.
+        self._name = f"latentmill {config.run.output.rstrip('/').rpartition('/')[2]} {uuid4().hex[:6]}"
+        self._num_made = 0
+        self.slots: list[_Slot] = []
         self.starting: dict[Any, _Slot] = {}
-        for slot in self.slots:
-            self._start(slot)
+        for _ in range(num_actors):
+            self._add()
+
+    def _add(self) -> _Slot:
+        index = self._num_made
+        self._num_made += 1
+        actor = ray.remote(EncodeActor).options(name=f"{self._name} encoder {index}", **self._options)
+        handle = actor.remote(self._config, str(index), self._device_type)
+        slot = _Slot(index, handle)
+        self.slots.append(slot)
+        self._start(slot)
+        return slot
+
+    def fit(self, num_waiting: int) -> None:
+        """Follows the cluster where the number of actors is "auto": new nodes get actors, lost ones are given up.
+
+        Args:
+            num_waiting: shards that nobody holds.
+        """
+        if self._run.num_actors is not None or time.monotonic() - self._fitted_s < _FIT_S:
+            return
+        self._fitted_s = time.monotonic()
+        try:
+            fitting = max(1, _num_places(*self._place))
+        except RayError:
+            return  # Ray's head does not answer: its clients end the run when it stays away
+        for slot in [slot for slot in self.slots if not slot.is_ready and slot.has_been_ready]:
+            if len(self.slots) > fitting:
+                self._progress.say("actor", f"encoder {slot.index} has no place any more: its node is gone")
+                self.slots.remove(slot)
+                self.starting = {start: other for start, other in self.starting.items() if other is not slot}
+                ray.kill(slot.handle)
+        for _ in range(min(fitting - len(self.slots), num_waiting)):
+            slot = self._add()
+            self._progress.say("actor", f"encoder {slot.index} joins: the cluster has room for {fitting}")
+
+    def crew(self) -> Crew:
+        """The encoders of now."""
+        ready = [slot for slot in self.slots if slot.is_ready]
+        shares = [slot.busy_share for slot in ready if slot.busy_share is not None]
+        return Crew(
+            num_encoders=len(self.slots),
+            num_encoders_ready=len(ready),
+            num_nodes=len({slot.node for slot in ready}),
+            encoder_busy_share=sum(shares) / len(shares) if shares else None,
+            num_clips_waiting=sum(slot.num_clips_waiting for slot in ready),
+        )
 
     def start(self, interrupt: _Interrupt) -> WorkerFacts | None:
         """Waits for the first actor; the others join as they come up. None after an interrupt.
@@ -720,6 +787,7 @@ class _Pool:
             return None
         slot.is_ready = slot.has_been_ready = self._has_been_ready = True
         slot.num_failed_starts = slot.num_start_errors = 0
+        slot.node = facts.node
         return facts
 
     def restart(self, slot: _Slot, *, kill: bool) -> None:
@@ -755,6 +823,8 @@ class _Pool:
                 slot.has_been_heard, slot.heard_s = True, self._awake_s
                 if beat.num_steps != slot.num_steps or not slot.held:
                     slot.num_steps, slot.stepped_s = beat.num_steps, self._awake_s
+                slot.num_clips_waiting = beat.num_clips_waiting
+                self._metrics.set("latentmill_decode_backlog_clips", beat.num_clips_waiting, actor=str(slot.index))
                 _follow_store_errors(
                     self._metrics, str(slot.index), beat.num_store_errors_repeated, beat.num_store_errors_given_up
                 )
@@ -930,7 +1000,7 @@ class _Dispatch:
         except _HopelessError as error:
             self._progress.say("stop", str(error))
             self._ledger.give_up(str(error))
-        self._progress.show(self._ledger.standing(len(self._running)), is_last=True)
+        self._progress.show(self._ledger.standing(len(self._running), self._pool.crew()), is_last=True)
         # What was put back in place has no record of its own.
         unseen = self._ledger.first_done - committed_ids(self._store)
         if unseen:
@@ -950,12 +1020,13 @@ class _Dispatch:
             self._take_back(_POLL_S)
             for slot, why in self._pool.hanging():
                 self._end_hanging(slot, why)
+            self._pool.fit(len(self._waiting))
             num_new = len(self._ledger.done) - last_snapshot
             if num_new >= max(_SNAPSHOT_EVERY, _SNAPSHOT_GROWTH * self._ledger.num_decided):
                 _publish(self._store, self._config)
                 _give_memory_back()
                 last_snapshot = len(self._ledger.done)
-            self._progress.show(self._ledger.standing(len(self._running)))
+            self._progress.show(self._ledger.standing(len(self._running), self._pool.crew()))
         if self._interrupt.is_set:
             self._progress.say("interrupt", "interrupted: ending what is about to be committed; again to stop at once")
             deadline = time.monotonic() + self._config.run.grace_s
@@ -990,10 +1061,12 @@ class _Dispatch:
         poison = self._poison.get(spec.shard_id, frozenset())
         search = self._searches.get(spec.shard_id)
         if search is None:
-            self._running[slot.handle.process.remote(spec, self._manifest, poison)] = _Task(spec, slot, None)
+            process = slot.handle.process.options(name=f"EncodeActor.process {spec.shard_id}")
+            self._running[process.remote(spec, self._manifest, poison)] = _Task(spec, slot, None)
         else:
             part = search.next_part()
-            reference = slot.handle.probe.remote(spec, self._manifest, part, poison)
+            probe = slot.handle.probe.options(name=f"EncodeActor.probe {spec.shard_id}")
+            reference = probe.remote(spec, self._manifest, part, poison)
             self._running[reference] = _Task(spec, slot, part)
         self._note_depth(slot)
 
@@ -1046,6 +1119,7 @@ class _Dispatch:
                 self._num_deaths_in_a_row = 0
             if task.part is None:
                 self._num_encoded += found.counts.num_records > 0
+                slot.busy_share = found.busy_share
                 self._ledger.add(spec, found, slot.index)
             else:
                 self._note_survival(task, found)
@@ -1092,7 +1166,7 @@ class _Dispatch:
         if search is None or task.part is None:
             self._try_again(task, message, is_death=True)
             return
-        self._ledger.metrics.add("latentmill_shard_attempts_failed_total")
+        self._ledger.note_failed_attempt()
         self._failed_on[shard_id] = task.slot.index
         try:
             search.note_death()
@@ -1138,7 +1212,7 @@ class _Dispatch:
         shard_id = task.spec.shard_id
         self._failed_on[shard_id] = task.slot.index
         self._attempts[shard_id] += 1
-        self._ledger.metrics.add("latentmill_shard_attempts_failed_total")
+        self._ledger.note_failed_attempt()
         attempt = f"attempt {self._attempts[shard_id]} of {self._max_attempts}"
         if self._attempts[shard_id] < self._max_attempts:
             self._progress.say("retry", f"shard {shard_id}: {attempt} failed and is repeated: {message}")

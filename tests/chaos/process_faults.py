@@ -34,11 +34,12 @@ from integration.jobs_under_test import SMALL, RunningJob, run_job
 _NUM_SHARDS = 60
 # A raylet that is killed leaves its actors half a minute's work: the shards must outlast all faults.
 _PACED = (str(Path(failing_actors.__file__)), "Paced")
+_CHILD = ("import main; main(sys.argv",)
 _COMMANDS = {
-    "child": "import main; main(sys.argv",
-    "actor": "ray::Paced",
-    "raylet": "raylet/raylet",
-    "gcs": "gcs_server",
+    "child": _CHILD,
+    "actor": ("ray::Paced", "ray::EncodeActor."),  # between shards, at a shard
+    "raylet": ("raylet/raylet",),
+    "gcs": ("gcs_server",),
 }
 KINDS = ("child", "actor", "freeze", "driver", "raylet", "zombie", "gcs")
 _ENDS_DRIVER = ("driver", "raylet", "gcs", "zombie")
@@ -142,7 +143,7 @@ class _Episode:
                 self._wake_zombies(job)
                 if self._kinds and self._awaited is None and time.monotonic() > next_fault_s:
                     # At the work, not before it: a start that is killed again and again never comes to it.
-                    has_struck = bool(job.find(_COMMANDS["child"])) and self._strike(job, self._kinds[0])
+                    has_struck = bool(job.find(*_CHILD)) and self._strike(job, self._kinds[0])
                     if has_struck and self._kinds.pop(0) in _ENDS_DRIVER:
                         return self._ended(job)
                     next_fault_s = time.monotonic() + self._chance.uniform(0, 0.5)
@@ -170,7 +171,7 @@ class _Episode:
         return True
 
     def _signal(self, job: RunningJob, kind: str, number: int, *, keep: bool = False) -> bool:
-        for process in job.find(_COMMANDS[kind]):
+        for process in job.find(*_COMMANDS[kind]):
             with suppress(psutil.NoSuchProcess):
                 process.send_signal(number)
                 if keep:
@@ -192,7 +193,7 @@ class _Episode:
 
     def _wake_zombies(self, job: RunningJob) -> None:
         """Lets stopped actors of dead drivers go on once the new run is at work."""
-        if self._zombies and job.find(_COMMANDS["child"]):
+        if self._zombies and job.find(*_CHILD):
             for process in self._zombies:
                 with suppress(psutil.NoSuchProcess):
                     process.send_signal(signal.SIGCONT)

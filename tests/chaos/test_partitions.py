@@ -11,6 +11,8 @@ import pytest
 from builders import CLIP_STILLS, CLIP_VIDEOS, pack_clips
 from chaos.checker import check, plan_of_tars, read_output
 from chaos.network import SecondHost, commands_below, second_host
+from chaos.process_faults import make_shards, undisturbed
+from integration import failing_actors
 from integration.jobs_under_test import SMALL, RunningJob, ray_cluster
 from servers import free_ports, ray_folders, s3_client, seaweed
 
@@ -123,6 +125,58 @@ def test_what_the_network_loses_costs_no_sample_and_no_byte(
     assert (verdict.num_lost, verdict.num_duplicated) == (0, 0)
     assert verdict.num_recorded == verdict.num_planned > 0
     assert verdict.files == expected
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_nodes_that_join_and_leave_during_a_run_get_work_and_lose_none(
+    other_host: SecondHost,
+    store: Mapping[str, str],
+    ray_home: Mapping[str, str],
+    far_home: Mapping[str, str],
+    tmp_path: Path,
+) -> None:
+    many = make_shards(tmp_path / "many")
+    wanted = undisturbed(many, tmp_path, ray_home)
+    output = f"s3://latents/{secrets.token_hex(6)}"
+    env = {**ray_home, **store, **QUICK_DEATH, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16)}
+    port = free_ports(4)
+    head = f"{other_host.head}:{port}"
+    flags = ["--input", str(many), "--output", output, *SMALL, "--cpus-per-actor", "1", "--silence-timeout-s", "10"]
+    leisurely = (failing_actors.__file__, "Leisurely")
+    with (
+        ray_cluster(env, num_cpus=(1,), first_port=port, folder=tmp_path, address=other_host.head),
+        RunningJob([*flags, "--ray-address", head], env, script=leisurely) as job,
+    ):
+        job.wait_until(lambda: _num_records(output, store) > 0, "the first node was at work", 400)
+        for visit in (1, 2):
+            log = tmp_path / f"far{visit}.log"
+            with other_host.ray_node(head, {**env, **far_home}, num_cpus=1, log=log) as far:
+                job.wait_until(
+                    lambda far=far: any(
+                        "Leisurely" in name or "EncodeActor.process" in name for name in commands_below(far)
+                    ),  # type: ignore[misc]
+                    f"the pool had grown for the {visit}. time",
+                    200,
+                )
+                num_then = _num_records(output, store)
+                job.wait_until(
+                    lambda num=num_then: _num_records(output, store) > num + 2,  # type: ignore[misc]
+                    "both were at work",
+                    200,
+                )
+            job.wait_until(
+                lambda visit=visit: job.said().count("its node is gone") == visit,  # type: ignore[misc]
+                f"the pool had shrunk for the {visit}. time",
+                200,
+            )
+        outcome = job.end(600)
+    assert outcome.code == 0, outcome.said
+    verdict = check(read_output(output, store), plan_of_tars(many))
+    assert verdict.problems == []
+    assert (verdict.num_lost, verdict.num_duplicated) == (0, 0)
+    assert verdict.num_recorded == verdict.num_planned > 0
+    assert verdict.files == wanted
 
 
 def _num_records(output: str, store: Mapping[str, str]) -> int:

@@ -22,7 +22,6 @@ from pipeline.records import Clip, ClipFailure, DatasetManifest, LatentRecord, S
 
 # The second video of the first shard, as tests.builders.pack_clips names it.
 POISON_KEY = "000000001"
-_REST_S = 0.5
 
 
 class NeverBuilt(EncodeActor):
@@ -89,9 +88,17 @@ class FreezesOrHangs(EncodeActor):
 class Paced(EncodeActor):
     """Rests before each shard, so that work is left when the last of many faults comes."""
 
+    rest_s = 0.5
+
     def process(self, spec: ShardSpec, manifest: DatasetManifest, poison: frozenset[int] = frozenset()) -> ShardReport:
-        time.sleep(_REST_S)
+        time.sleep(self.rest_s)
         return super().process(spec, manifest, poison)
+
+
+class Leisurely(Paced):
+    """Leaves time for nodes to come and go."""
+
+    rest_s = 4.0
 
 
 class Poisoned(EncodeActor):
@@ -117,7 +124,16 @@ class Poisoned(EncodeActor):
 
 
 if __name__ == "__main__":
-    classes = (NeverBuilt, FirstFailsAlways, SlowToReturn, FirstNeverReturns, FreezesOrHangs, Paced, Poisoned)
+    classes = (
+        NeverBuilt,
+        FirstFailsAlways,
+        SlowToReturn,
+        FirstNeverReturns,
+        FreezesOrHangs,
+        Paced,
+        Leisurely,
+        Poisoned,
+    )
     faults = {cls.__name__: cls for cls in classes}
     pipeline.run.EncodeActor = faults[sys.argv[1]]
     sys.exit(main(sys.argv[2:]))

@@ -79,13 +79,14 @@ class RunningJob:
         with contextlib.suppress(psutil.NoSuchProcess):
             self._tree.update({p.pid: p for p in self.process.children(recursive=True)})
 
-    def find(self, part_of_command: str) -> list[psutil.Process]:
-        """Living descendants whose command line holds this text."""
+    def find(self, *parts_of_command: str) -> list[psutil.Process]:
+        """Living descendants whose command line holds one of these texts."""
         self._note_tree()
         found = []
         for process in self._tree.values():
             with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
-                if part_of_command in " ".join(process.cmdline()):
+                command = " ".join(process.cmdline())
+                if any(part in command for part in parts_of_command):
                     found.append(process)
         return found
 

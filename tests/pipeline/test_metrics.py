@@ -12,6 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from pipeline.actors import ShardReport
 from pipeline.config import parse_arguments
 from pipeline.metrics import METRICS, STAGES, RunMetrics, final_name
+from pipeline.progress import Crew
 from pipeline.records import REASONS, ShardCounts, ShardSpec
 from pipeline.redo import Retries
 from pipeline.run import _Again, _Ledger
@@ -72,7 +73,7 @@ def test_many_failures_of_many_inputs_make_no_new_series() -> None:
             ledger.undone[spec.shard_id] = f"s3://bucket/{number} failed: {number}"
         else:
             ledger.add(spec, _report(spec, reasons[number % len(reasons)]), actor=number % 2)
-        ledger.standing(num_running=number % 2)
+        ledger.standing(number % 2, Crew())
     after = _scrape(metrics)
     # One of each actor that worked, however much it was given; all others stand from the beginning.
     assert [name for name, _ in after.keys() - before] == ["latentmill_encoder_busy_ratio"] * 2

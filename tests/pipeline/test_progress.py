@@ -4,8 +4,15 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import pty
+import re
+from dataclasses import replace
 
-from pipeline.progress import Progress, RateMeter, Standing
+import pytest
+from rich.console import Console
+
+from pipeline.progress import Crew, Progress, RateMeter, Standing
 
 _STANDING = Standing(
     num_shards=10,
@@ -14,9 +21,12 @@ _STANDING = Standing(
     num_shards_undone=1,
     num_records=51,
     num_rejected=4,
+    reasons={"too_short": 1, "unreadable": 3},
+    num_retries=7,
     clips_per_s=2.5,
     eta_s=3725.0,
     elapsed_s=60.0,
+    crew=Crew(num_encoders=4, num_encoders_ready=3, num_nodes=2, encoder_busy_share=0.934, num_clips_waiting=17),
 )
 
 
@@ -25,8 +35,44 @@ def test_a_plain_line_says_shards_speed_rejections_and_time_left() -> None:
     with Progress("auto", stream) as progress:
         progress.show(_STANDING, is_last=True)
     line = stream.getvalue().strip()
-    for part in ("3/10", "1 undone", "51 at 2.50/s", "rejected 4", "ETA 1:02:05"):
+    for part in (
+        "3/10",
+        "1 undone",
+        "51 at 2.50/s",
+        "rejected 4",
+        "encoders 3/4, busy 93%",
+        "retries 7",
+        "ETA 1:02:05",
+    ):
         assert part in line
+
+
+@pytest.mark.parametrize("width", [40, 100])
+def test_a_terminal_shows_five_lines_that_never_wrap(width: int) -> None:
+    many = replace(_STANDING, reasons={f"reason_{number}": number for number in range(1, 9)})
+    stream = io.StringIO()
+    Console(file=stream, width=width, force_terminal=True, highlight=False).print(many.view())
+    lines = [re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", line) for line in stream.getvalue().splitlines()]
+    assert len(lines) == 5
+    assert all(len(line.rstrip()) <= width for line in lines)
+    if width == 100:
+        text = "\n".join(lines)
+        for part in ("shards 3/10", "30%", "ETA 1:02:05", "2 running, 1 undone, 7 retries", "clips 51 at 2.50/s"):
+            assert part in text
+        assert "17 decoded and waiting" in text
+        assert "encoders 3 of 4 on 2 nodes, busy 93%" in text
+        assert "rejected 4: reason_8 8, reason_7 7, reason_6 6, reason_5 5, 4 more reasons" in text
+
+
+def test_a_live_view_is_drawn_on_a_terminal_and_messages_stay_above_it() -> None:
+    leader, follower = pty.openpty()
+    with os.fdopen(follower, "w") as stream, Progress("auto", stream) as progress:
+        progress.show(_STANDING)
+        progress.say("retry", "shard 1: again")
+        progress.show(replace(_STANDING, num_shards_done=10), is_last=True)
+    drawn = os.read(leader, 1 << 16).decode()
+    os.close(leader)
+    assert drawn.index("shard 1: again") < drawn.rindex("shards 10/10")
 
 
 def test_json_lines_can_be_read_by_a_program() -> None:
@@ -36,6 +82,7 @@ def test_json_lines_can_be_read_by_a_program() -> None:
         progress.say("retry", "shard 1: again")
     shown, said = map(json.loads, stream.getvalue().splitlines())
     assert (shown["event"], shown["num_shards_done"], shown["eta_s"]) == ("progress", 3, 3725.0)
+    assert (shown["reasons"], shown["crew"]["num_clips_waiting"]) == ({"too_short": 1, "unreadable": 3}, 17)
     assert said == {"event": "retry", "message": "shard 1: again"}
 
 

@@ -255,7 +255,7 @@ def test_a_run_in_which_every_attempt_kills_its_worker_stops() -> None:
 def _pool(silence_s: float, stall_s: float) -> _Pool:
     pool = object.__new__(_Pool)  # without actors: only the judgement is looked at
     flags = ["--silence-timeout-s", str(silence_s), "--stall-timeout-s", str(stall_s)]
-    pool._looked_s, pool.slots = time.monotonic(), []
+    pool._looked_s, pool._fitted_s, pool.slots, pool.starting = time.monotonic(), float("inf"), [], {}
     pool._run, pool._awake_s = parse_arguments([*FLAGS, *flags]).run, 100.0
     pool.end_hanging = lambda slot: None  # type: ignore[method-assign]
     return pool
@@ -277,6 +277,46 @@ def test_an_actor_hangs_when_it_is_silent_or_holds_shards_and_makes_no_step(
 ) -> None:
     found = _pool(10, 30)._why_hanging(_Slot(0, None, **slot))
     assert found is None if why is None else why in str(found)
+
+
+def test_the_pool_follows_the_cluster_where_the_number_of_actors_is_left_to_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    said, killed, made = io.StringIO(), [], []
+    pool = _pool(10, 30)
+    pool._progress, pool._place = Progress("plain", said), (1, 0.0)
+    pool._metrics = RunMetrics()
+
+    def add() -> _Slot:
+        made.append(slot := _Slot(len(made), f"actor {len(made)}", is_ready=True, has_been_ready=True))
+        pool.slots.append(slot)
+        return slot
+
+    monkeypatch.setattr(pool, "_add", add)
+    monkeypatch.setattr(run.ray, "kill", killed.append)
+    room = 3
+    monkeypatch.setattr(run, "_num_places", lambda *_: room)
+
+    def fit(num_waiting: int) -> list[int]:
+        pool._fitted_s = -100.0
+        pool.fit(num_waiting)
+        return [slot.index for slot in pool.slots]
+
+    assert fit(2) == [0, 1], "no more actors than shards that wait"
+    assert fit(9) == [0, 1, 2]
+    room = 1
+    assert fit(9) == [0, 1, 2], "an actor at work is not taken away"
+    made[0].is_ready = made[2].is_ready = False
+    pool.starting = {"start of 0": made[0], "start of 2": made[2]}
+    assert fit(9) == [1], "what was on a lost node is given up"
+    assert (killed, pool.starting) == (["actor 0", "actor 2"], {})
+    room = 2
+    assert fit(9) == [1, 3]
+    assert said.getvalue().count("joins") == 4
+    assert said.getvalue().count("its node is gone") == 2
+    pool._run = parse_arguments([*FLAGS, "--num-actors", "5"]).run
+    room = 9
+    assert fit(9) == [1, 3], "a number that was asked for stays"
 
 
 class _Actor:
