@@ -283,11 +283,13 @@ def finish(
         if _are_same_bytes(damaged, written):
             for file in written:
                 put_written_file(store, file, damaged.shard_id, damaged.generation)
-            before_commit(damaged.files)
-            mark_done(store, name_of(damaged))
-            return "restored"
-        _refuse_other_input(damaged, draft)
-        _refuse_loss(store, begun, damaged, draft, written)
+            if not _has_other_accounts(begun, damaged, store, cache):
+                before_commit(damaged.files)
+                mark_done(store, name_of(damaged))
+                return "restored"
+        else:
+            _refuse_other_input(damaged, draft)
+            _refuse_loss(store, begun, damaged, draft, written)
     generation = shard.next_generation
     draft = replace(
         draft,
@@ -311,6 +313,18 @@ def finish(
 def _are_same_bytes(damaged: Commit, written: Sequence[WrittenFile]) -> bool:
     stated = {file.content: file.sha256 for file in damaged.files}
     return stated == {file.content: sha256_of_file(file.path) for file in written}
+
+
+def _has_other_accounts(begun: Begun, damaged: Commit, store: ObjectStore, cache: FileCache) -> bool:
+    """Whether the last record of a shard, whose files are well, states other accounts than all files together give.
+
+    It was made while those of another record could not be read, and these came back since. Records are never changed,
+    so another one must state what is right.
+    """
+    is_last = damaged.shard_counts is not None and damaged == begun.shard.commits[-1]
+    if not is_last or len(begun.others) + 1 < len(begun.shard.commits):
+        return False
+    return with_shard_counts(damaged, begun.others, store, cache).shard_counts != damaged.shard_counts
 
 
 def _refuse_other_input(damaged: Commit, draft: Commit) -> None:

@@ -305,6 +305,31 @@ def test_a_retry_that_is_damaged_is_repaired_beside_its_shard(job: Job) -> None:
     assert job.data() == before
 
 
+def test_accounts_that_were_stated_while_a_file_could_not_be_read_are_put_right(job: Job) -> None:
+    (spec,) = job.specs()
+    job.encode([spec])
+    put_picture(job.folder / "in", "b", PICTURES["b"])
+    job.encode(job.retries("empty_file").specs)
+    counts = job.shards()[spec.shard_id].counts
+    retry = f"{spec.shard_id}.r1"
+    _as_if_encoded_elsewhere(job, retry)
+    first = Path(job.store.url(next(f.key for f in job.commits()[spec.shard_id].files if f.content == "parquet")))
+    good = first.read_bytes()
+    for record in (spec.shard_id, retry):
+        _damage(job, record)
+    order_repair(job.store, retry, [])
+    assert job.encode(job.repairs()) == ["committed"]
+    assert job.shards()[spec.shard_id].counts != counts, "what cannot be read is not counted"
+    first.write_bytes(good)
+    assert [finding.kind for finding in audit(job.store).findings] == ["counts"]
+    assert main(["verify", job.store.root_uri, "--requeue"]) == 1
+    assert job.encode(job.repairs()) == ["committed"]
+    assert job.shards()[spec.shard_id].counts == counts
+    assert job.commits()[f"{spec.shard_id}.r3"].replaces == f"{spec.shard_id}.r2"
+    assert job.repairs() == []
+    assert main(["verify", job.store.root_uri]) == 0
+
+
 def planned_time(job: Job, key: str) -> int:
     """When a file was changed last before it was planned, in nanoseconds."""
     entries = [entry for spec in job.specs() for entry in read_slice(job.store, spec).entries]
