@@ -27,7 +27,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.commit import decided_shards, latest_snapshot, load_commits, manifest_of_output
-from pipeline.errors import DamagedObjectError, LatentmillError, StorageError, UsageError, printable
+from pipeline.errors import (
+    DamagedObjectError,
+    LatentmillError,
+    StorageError,
+    StorageUnavailableError,
+    UsageError,
+    printable,
+)
 from pipeline.records import COUNTED, DatasetManifest, sum_counts
 from pipeline.storage import ObjectStore, open_store
 
@@ -43,14 +50,19 @@ _SHOW_EVERY_S = 10.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The entry point of the command `latentmill`; returns the exit code."""
+    """The entry point of the command `latentmill`; returns the exit code.
+
+    Of every command: 0 well, 1 something is damaged, 2 wrong use or refused for good, 4 the store did not answer.
+    """
     arguments = _parser().parse_args(argv)
     command: Callable[[argparse.Namespace], int | None] = arguments.command
     try:
         return command(arguments) or EXIT_OK
     except LatentmillError as error:
         print(f"error: {printable(str(error))}", file=sys.stderr)
-        return EXIT_USAGE
+        if isinstance(error, DamagedObjectError):
+            return EXIT_DAMAGED
+        return EXIT_UNDONE if isinstance(error, StorageUnavailableError) else EXIT_USAGE
     except BrokenPipeError:
         # The reader of a pipe (head, less) has seen enough.
         sys.stderr.close()

@@ -4,6 +4,7 @@ Not an age limit: an attempt may sleep for any time between its files and its re
 be named by a record a moment later. Here records alone decide. A file is named after the record that it was written
 for; once that record stands and does not name the file, no record ever will, however late its writer wakes: records are
 created once, and a writer names only files that it stored for its own record or that an earlier record names already.
+In a local folder half-written files of killed writers go as well: a living writer holds a lock on its own.
 Called by whoever looks after an output.
 """
 
@@ -31,7 +32,7 @@ class DataObject:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Garbage:
-    """Every file below `data/`, in the order of the keys.
+    """Every file below `data/`, in the order of the keys, and what killed writers left behind in a local folder.
 
     Attributes:
         is_deleted: whether those that may go are gone.
@@ -70,6 +71,9 @@ def collect_garbage(store: ObjectStore, *, delete: bool) -> Garbage:
     for info in listed:
         may_go, reason = _judged(info.key, records, named_by, replaced_by)
         found.append(DataObject(key=info.key, num_bytes=info.num_bytes, may_go=may_go, reason=reason))
+    for info in store.left_behind():
+        reason = "half-written, and its writer is gone"
+        found.append(DataObject(key=info.key, num_bytes=info.num_bytes, may_go=True, reason=reason))
     garbage = Garbage(files=tuple(found), is_deleted=delete)
     if delete:
         for data_object in garbage.may_go:

@@ -6,6 +6,7 @@ Not S3 (that is `s3`), and not where anything is decided: which write counts, an
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import io
 import os
@@ -205,6 +206,10 @@ class ObjectStore(ABC):
     def head(self, key: str) -> ObjectInfo | None:
         """What is under a key, or None."""
 
+    def left_behind(self) -> Iterator[ObjectInfo]:
+        """What writers that are gone left half-written where no list shows it; none where there is no such place."""
+        return iter(())
+
     @abstractmethod
     def delete(self, key: str) -> None:
         """Removes an object; no error when there is none."""
@@ -358,14 +363,23 @@ class LocalStore(ObjectStore):
         path = os.path.join(self.root_uri, ".tmp", uuid.uuid4().hex)
         _make_folder(os.path.dirname(path))
         try:
-            with open(path, "xb") as file:
+            with _locked_file(path) as file:
                 write(file)
                 file.flush()
                 os.fsync(file.fileno())
-            yield path
+                yield path
         finally:
             with suppress(FileNotFoundError):
                 os.unlink(path)
+
+    def left_behind(self) -> Iterator[ObjectInfo]:
+        folder = os.path.join(self.root_uri, ".tmp")
+        with suppress(FileNotFoundError):
+            for name in sorted(os.listdir(folder)):
+                # A writer holds a lock on its file for as long as it lives; where locks do not work, nothing is said.
+                with suppress(OSError), open(os.path.join(folder, name), "rb") as file:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    yield ObjectInfo(key=f".tmp/{name}", num_bytes=os.fstat(file.fileno()).st_size, etag=None)
 
     def _in_folder(self, key: str) -> str:
         path = self.url(key)
@@ -386,6 +400,19 @@ class LocalStore(ObjectStore):
                 f"cannot {verb} {where}: {error.strerror or error}; check that {self.root_uri} is a folder on a disk "
                 "with hard links and free space, and that you may write there"
             ) from error
+
+
+@contextmanager
+def _locked_file(path: str) -> Iterator[BinaryIO]:
+    """A new file, locked so that others see that its writer lives; some network disks have no locks."""
+    while True:
+        with open(path, "xb") as file:
+            with suppress(OSError):
+                fcntl.flock(file, fcntl.LOCK_EX)
+            # Whoever collects what is left behind may have found it before it was locked.
+            if os.fstat(file.fileno()).st_nlink:
+                yield file
+                return
 
 
 def _make_folder(path: str) -> None:

@@ -13,8 +13,10 @@ from PIL import Image
 
 from pipeline.cli import main
 from pipeline.commit import open_dataset, publish_snapshot, read_manifest
+from pipeline.errors import StorageUnavailableError
 from pipeline.records import Bucket
 from pipeline.storage import open_store
+from pipeline.store import LocalStore
 
 VIDEO = Bucket(width_px=32, height_px=24, num_frames=9)
 
@@ -78,6 +80,24 @@ def test_a_folder_that_is_no_output_is_named(
 ) -> None:
     assert main([command[0], str(tmp_path), *command[1:]]) == 2
     assert f"{tmp_path} is no output of Latentmill" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["inspect", "verify", "gc", "urls"])
+def test_a_store_that_does_not_answer_is_no_wrong_use(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def silent(*_: object) -> None:
+        raise StorageUnavailableError("s3://bucket/out did not answer")
+
+    monkeypatch.setattr(LocalStore, "find", silent)
+    assert main([command, "/out"]) == 4
+    assert "did not answer" in capsys.readouterr().err
+
+
+def test_a_damaged_description_is_damage(output: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (output / "_dataset.json").write_text("{")
+    assert main(["inspect", str(output)]) == 1
+    assert "cannot be read" in capsys.readouterr().err
 
 
 def test_what_stands_in_an_output_forges_no_line_and_reaches_no_terminal(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 from commits import later_generation, make_commit
@@ -9,7 +11,7 @@ from commits import later_generation, make_commit
 from pipeline.collect import collect_garbage
 from pipeline.commit import commit_shard, put_data_file, read_data_file
 from pipeline.records import FileStat
-from pipeline.storage import ObjectStore
+from pipeline.storage import ObjectStore, open_store
 
 
 def stored(store: ObjectStore, folder: Path, shard_id: str, data: bytes, generation: int = 0) -> FileStat:
@@ -69,3 +71,35 @@ def test_files_of_a_replaced_record_stay_for_the_snapshots_that_name_it(store: O
         "record a names it; a.r1 replaces that, but older snapshots read it",
     )
     assert read_data_file(store, first.files[0]) == b"first"
+
+
+def test_what_a_killed_writer_left_half_written_goes_and_what_a_living_one_writes_stays(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path / "out"))
+    script = (
+        "import os, sys; from pipeline.storage import open_store\n"
+        "with open_store(sys.argv[1])._temporary(lambda file: file.write(b'half')):\n"
+        "    print('there', flush=True); sys.stdin.read()"
+    )
+    writers = [
+        subprocess.Popen([sys.executable, "-c", script, store.root_uri], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        for _ in range(2)
+    ]
+    try:
+        for writer in writers:
+            assert writer.stdout is not None
+            assert writer.stdout.readline() == b"there\n"
+        assert collect_garbage(store, delete=True).files == ()
+        writers[0].kill()
+        writers[0].wait()
+        garbage = collect_garbage(store, delete=True)
+        assert [(file.may_go, file.reason, file.num_bytes) for file in garbage.files] == [
+            (True, "half-written, and its writer is gone", 4)
+        ]
+        assert len(list((tmp_path / "out" / ".tmp").iterdir())) == 1
+        assert collect_garbage(store, delete=True).files == ()
+    finally:
+        for writer in writers:
+            writer.kill()
+            writer.communicate()
+    assert len(collect_garbage(store, delete=True).may_go) == 1
+    assert list((tmp_path / "out" / ".tmp").iterdir()) == []
