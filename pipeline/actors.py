@@ -80,6 +80,16 @@ class WorkerFacts:
     node: str
     pid: int
 
+    @property
+    def decides_bytes(self) -> dict[str, object]:
+        """What must be the same on every node, in words: with anything else a clip gets other bytes."""
+        return {
+            "model weights": self.model.weights_sha256,
+            "device": self.device_type,
+            "decoders": dict(self.decoders),
+            **fingerprint_fields(self.columns),
+        }
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Beat:
@@ -370,18 +380,16 @@ class EncodeActor:
     def _refuse_other_worker(self, facts: WorkerFacts, manifest: DatasetManifest) -> None:
         """A node with other model files, decoders or device would write other bytes than its neighbours."""
         fixed = manifest.fingerprint_fields
-        differing: dict[str, tuple[object, object]] = {
-            "model weights": (manifest.model.weights_sha256, facts.model.weights_sha256),
-            "device": (fixed["device_type"], facts.device_type),
-            "decoders": (fixed["decoders"], dict(facts.decoders)),
+        wanted: Mapping[str, object] = {
+            **fixed,
+            "model weights": manifest.model.weights_sha256,
+            "device": fixed["device_type"],
         }
-        for key, found in fingerprint_fields(facts.columns).items():
-            differing[key] = fixed.get(key), found
-        for what, (wanted, found) in differing.items():
-            if wanted != found:
+        for what, found in facts.decides_bytes.items():
+            if wanted.get(what) != found:
                 raise UsageError(
-                    f"the {what} of node {facts.node} are {found!r}, those of the dataset {wanted!r}: give every node "
-                    "the same installation and model, and a dataset one kind of device"
+                    f"the {what} of node {facts.node} are {found!r}, those of the dataset {wanted.get(what)!r}: give "
+                    "every node the same installation and model, and a dataset one kind of device"
                 )
 
     def _videos(self, spec: ShardSpec, poison: frozenset[int], part: range | None = None) -> _Videos:

@@ -670,6 +670,7 @@ class _Pool:
         self._metrics = metrics
         self._run = config.run
         self._has_been_ready = False
+        self._first: WorkerFacts | None = None
         self._awake_s = 0.0
         self._looked_s = self._fitted_s = time.monotonic()
         self._config = config
@@ -767,7 +768,7 @@ class _Pool:
             slot.num_failed_starts += 1
             slot.num_start_errors += 1
             if slot.num_start_errors >= _MAX_FAILED_STARTS:
-                self._give_up(slot, error.cause)
+                self._give_up(slot, _no_start(slot, error.cause))
             else:
                 self._progress.say("actor", f"encoder {slot.index} cannot start: {_message(error.cause)}")
                 ray.kill(slot.handle, no_restart=False)
@@ -779,11 +780,22 @@ class _Pool:
             is_returning = slot.has_been_ready or slot.has_been_killed or slot.num_start_errors
             limit = _MAX_FAILED_RETURNS if is_returning else _MAX_FAILED_STARTS
             if isinstance(error, ActorDiedError) or slot.num_failed_starts >= limit:
-                self._give_up(slot, error)
+                self._give_up(slot, _no_start(slot, error))
             else:
                 if slot.num_failed_starts % _TOLD_RETURNS == 1:
                     self._progress.say("actor", f"encoder {slot.index} does not answer yet: {_in_short(error)}")
                 self._start(slot)
+            return None
+        if self._first is None:
+            self._first = facts
+        first = self._first.decides_bytes
+        differing = [what for what, found in facts.decides_bytes.items() if found != first.get(what)]
+        if differing:
+            self._give_up(
+                slot,
+                f"encoder {slot.index} on node {facts.node} is not used: its {' and '.join(differing)} differ from "
+                f"those of node {self._first.node}; give every node the same installation and model",
+            )
             return None
         slot.is_ready = slot.has_been_ready = self._has_been_ready = True
         slot.num_failed_starts = slot.num_start_errors = 0
@@ -852,8 +864,7 @@ class _Pool:
             ray.kill(slot.handle, no_restart=False)
             slot.beat, slot.has_been_heard, slot.heard_s = None, False, self._awake_s
 
-    def _give_up(self, slot: _Slot, error: Exception) -> None:
-        message = f"encoder {slot.index} could not be started {slot.num_failed_starts} times: {_in_short(error)}"
+    def _give_up(self, slot: _Slot, message: str) -> None:
         self._progress.say("actor", f"{message}; going on without it")
         self.slots.remove(slot)
         ray.kill(slot.handle)
@@ -865,6 +876,10 @@ class _Pool:
         ray.wait([slot.handle.stop.remote() for slot in self.slots], num_returns=len(self.slots), timeout=_STOP_S)
         for slot in self.slots:
             ray.kill(slot.handle)
+
+
+def _no_start(slot: _Slot, error: BaseException) -> str:
+    return f"encoder {slot.index} could not be started {slot.num_failed_starts} times: {_in_short(error)}"
 
 
 def _follow_store_errors(metrics: RunMetrics, source: str, num_repeated: int, num_given_up: int) -> None:

@@ -11,10 +11,12 @@ import time
 from dataclasses import replace
 from typing import Any
 
+import latents
 import pytest
 from ray.exceptions import ActorUnavailableError, RayActorError, RayTaskError
 
 import pipeline.run as run
+from pipeline.actors import WorkerFacts
 from pipeline.config import parse_arguments
 from pipeline.errors import StorageError, UsageError
 from pipeline.metrics import RunMetrics
@@ -340,7 +342,7 @@ def _failing_pool(monkeypatch: pytest.MonkeyPatch, error: Exception) -> _Pool:
     monkeypatch.setattr(run.ray, "get", fail)
     monkeypatch.setattr(run.ray, "kill", kill)
     pool = _pool(10, 30)
-    pool._progress, pool._has_been_ready = Progress("plain", io.StringIO()), False
+    pool._progress, pool._has_been_ready, pool._first = Progress("plain", io.StringIO()), False, None
     pool.slots, pool.starting = [_Slot(0, _Actor()), _Slot(1, _Actor(), is_ready=True)], {}
     pool._start(pool.slots[0])
     return pool
@@ -366,6 +368,34 @@ def test_a_failed_start_in_a_run_that_works_costs_that_actor_alone(monkeypatch: 
         pool.admit(next(iter(pool.starting)))
     with pytest.raises(_HopelessError, match=r"no device is left.*No encoder is left"):
         pool.admit(next(iter(pool.starting)))
+
+
+def test_an_actor_on_a_node_with_another_installation_is_not_used_and_ends_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pool = _failing_pool(monkeypatch, RayActorError())
+    first, other = pool.slots
+    facts = WorkerFacts(
+        model=latents.MODEL,
+        columns={},
+        device_type="cpu",
+        device_name="cpu",
+        decoders={"decord": "0.6"},
+        sandbox={},
+        versions={},
+        node="one",
+        pid=1,
+    )
+    monkeypatch.setattr(run.ray, "get", lambda _: facts)
+    assert pool.admit(next(iter(pool.starting))) == facts
+    monkeypatch.setattr(run.ray, "get", lambda _: replace(facts, node="two", decoders={"decord": "0.7"}))
+    said = io.StringIO()
+    pool._progress = Progress("plain", said)
+    pool._start(other)
+    assert pool.admit(next(iter(pool.starting))) is None
+    assert pool.slots == [first]
+    assert other.handle.num_kills == 1
+    assert "on node two is not used: its decoders differ from those of node one" in said.getvalue()
 
 
 def test_an_actor_that_was_killed_while_it_started_is_waited_for_as_one_that_comes_back(
