@@ -387,6 +387,11 @@ class TarStream:
         while block := self._read(_READ_BYTES):
             if any(block):
                 raise _damaged(f"data follows the mark of the end, before byte {self._position}")
+        if self._position % _BLOCK_BYTES:
+            # Every tar consists of whole blocks; where the end was cut out, the zeros behind it still look like one.
+            raise _damaged(
+                f"its {self._position} bytes are no whole number of blocks of {_BLOCK_BYTES}, so bytes are missing"
+            )
         self._stored.check_end()
 
     def _take(self, length: int) -> bytes:

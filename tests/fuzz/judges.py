@@ -7,14 +7,17 @@ nobody could notice without a digest (other pixels, other captions) is counted.
 from __future__ import annotations
 
 import hashlib
+import io
 import itertools
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 from fuzz.mutants import (
     NUM_FRAMES,
@@ -149,11 +152,25 @@ class VideoJudge:
         if not right:
             tally.counts["clips with wrong pixels"] += 1
             tally.notes.append(f"{where}: wrong pixels")
+        elif len(set(known)) < len(known) and _shows(mutant.data, numbers):
+            # A damaged reference: a decoder paints an older picture in the place of another, and calls it well.
+            tally.counts["clips with wrong pixels"] += 1
+            tally.notes.append(f"{where}: the decoder shows an older picture")
         elif len(set(known)) < len(known):
             tally.violations.append(f"{where}: a frame twice")
         elif any(later - earlier != 1 for earlier, later in itertools.pairwise(known)):
             tally.counts["clips with a gap"] += 1
             tally.notes.append(f"{where}: a gap")
+
+
+def _shows(data: bytes, numbers: list[int | None]) -> bool:
+    """Whether a plain decoder, which skips what it cannot decode, shows these pictures one after the other."""
+    shown: list[int | None] = []
+    with av.open(io.BytesIO(data)) as container:
+        for packet in container.demux(video=0):
+            with suppress(av.error.FFmpegError):
+                shown += [number_of(frame.to_ndarray(format="rgb24")) for frame in packet.decode()]
+    return any(shown[start : start + len(numbers)] == numbers for start in range(len(shown)))
 
 
 def judge_videos(judge: VideoJudge, seed: int, first: int, count: int, tally: Tally) -> None:
@@ -212,6 +229,9 @@ def judge_tar(mutant: TarMutant, folder: Path, tally: Tally) -> None:
     if missing and not is_cut and has_other_bytes:
         # Zeros from inside a member to the end are a tar that ends behind that member.
         tally.counts["tars that end behind a damaged sample without a trace"] += 1
+    elif missing and not is_cut and mutant.mutation == "delete" and len(mutant.data) % 512 == 0:
+        # Whole blocks that are gone, headers with them, leave a tar to which nothing is missing.
+        tally.counts["tars that lack whole blocks without a trace"] += 1
     elif missing and not is_cut:
         tally.violations.append(f"{name}: {sorted(missing)} are lost without a word")
     if any(count > 1 for key, count in seen.items()) and "twice" not in mutant.mutation and not is_cut:

@@ -192,6 +192,16 @@ def test_a_compressed_tar_that_is_cut_is_damaged(tmp_path: Path, suffix: str) ->
     assert drained.reasons == {"*": "damaged_shard"}
 
 
+@pytest.mark.parametrize("suffix", [".tar", ".tar.gz"])
+def test_a_tar_whose_end_was_cut_out_is_not_taken_for_a_shorter_one(tmp_path: Path, suffix: str) -> None:
+    """The zeros at its end look like the mark of the end; that they are no whole blocks gives it away."""
+    cut_out = TAR[: 4 * 2560] + TAR[6 * 2560 + 77 :]
+    assert not any(cut_out[4 * 2560 :])
+    drained = read_tar(tmp_path / f"a{suffix}", compressed(cut_out, suffix))
+    assert (list(drained.videos), drained.reasons) == (["a"], {"*": "damaged_shard"})
+    assert "no whole number of blocks of 512" in drained.failures[0].message
+
+
 def test_a_damaged_header_is_not_taken_for_the_end(tmp_path: Path) -> None:
     flipped = bytearray(TAR)
     flipped[4 * 2560 + 3] ^= 1
