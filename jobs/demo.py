@@ -1,9 +1,11 @@
-"""The demo: encodes a folder of real clips on an embedded local Ray, reads the latents back, and draws what came out.
+"""The demo: encodes a folder of real clips on an embedded local Ray, reads the latents back, draws what came out and
+reports on it.
 
     python jobs/demo.py --output demo-output
 
-It runs `jobs/encode_laion.py` as a user would, then reads the output through a DataLoader, decodes it and puts the
-pictures beside the originals. It is not a benchmark: model, clips and machine are small.
+It runs `jobs/encode_laion.py` as a user would, then reads the output through a DataLoader, decodes it, puts the
+pictures beside the originals and writes the page of `latentmill report`. It is not a benchmark: model, clips and
+machine are small.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from pipeline import LatentDataset
+from pipeline.cli import main as latentmill
 from pipeline.codec import LatentDecoder
 from pipeline.config import JobConfig, parse_arguments
 from pipeline.decode import DecodePool
@@ -67,7 +70,12 @@ def main(argv: Sequence[str]) -> int:
     print("3. decode them and draw them beside the originals")
     summary = _draw(parse_arguments(flags), arguments.output, read, result)
     (arguments.output / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-    _tell(summary, arguments.output)
+    page = arguments.output / "report.html"
+    print("4. write the page of `latentmill report`")
+    exit_code = latentmill(["report", latents, "-o", str(page)])
+    if exit_code:
+        return exit_code
+    _tell(summary, arguments.output, page)
     return 0
 
 
@@ -156,7 +164,7 @@ def _psnr_db(original: Frames, decoded: Frames) -> float:
     return 10 * math.log10(255**2 / max(error, 1e-9))
 
 
-def _tell(summary: dict[str, Any], output: Path) -> None:
+def _tell(summary: dict[str, Any], output: Path, page: Path) -> None:
     encode, read = summary["encode"], summary["read"]
     print(
         f"\nencoded   {encode['num_records']} clips and images ({encode['num_frames']} frames) of "
@@ -164,7 +172,8 @@ def _tell(summary: dict[str, Any], output: Path) -> None:
         f"{encode['elapsed_s']:.1f} s: {encode['clips_per_s']:.2f} clips/s with the start of Ray\n"
         f"read back {read['num_records']} records in {read['num_batches']} batches, shapes "
         f"{', '.join('x'.join(map(str, shape)) for shape in read['latent_shapes'])} (C, t, h, w)\n"
-        f"look at   {output / 'grid.png'} and {output / 'clips.gif'}; the latents are in {output / 'latents'}"
+        f"look at   {output / 'grid.png'} and {output / 'clips.gif'}; the latents are in {output / 'latents'}\n"
+        f"open      {page} in a browser: what was asked, what came out, and clips beside their originals"
     )
     if summary["is_trained"]:
         print(f"quality   PSNR {summary['psnr_db']} dB against the frames that went in")

@@ -1,19 +1,21 @@
-"""The demo: what it draws and says, and that it empties nobody's folder."""
+"""The demo: what it draws, reports and says, and that it empties nobody's folder."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
+from html import escape
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from jobs.demo import _psnr_db, main
+from jobs.demo import CLIPS, _psnr_db, main
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -45,12 +47,22 @@ def test_the_demo_draws_every_clip_and_shows_no_quality_of_an_untrained_model(
         assert animation.n_frames == 17
 
 
-def test_the_model_that_ships_is_shown_with_its_psnr(ray_home: Mapping[str, str], tmp_path: Path) -> None:
+def test_the_model_that_ships_is_shown_with_its_psnr_and_a_report_tells_of_every_clip(
+    ray_home: Mapping[str, str], tmp_path: Path
+) -> None:
     said, summary = _demo(tmp_path / "out", ray_home)
     assert isinstance(summary["psnr_db"], float)
     assert 15 < summary["psnr_db"] < 50
     assert f"PSNR {summary['psnr_db']} dB" in said
     assert "UNTRAINED" not in said
+    place = tmp_path / "out" / "report.html"
+    assert len([line for line in said.splitlines() if line.startswith("open") and str(place) in line]) == 1
+    page = place.read_text(encoding="utf-8")
+    assert page.startswith("<!doctype html>")
+    for caption in sorted(CLIPS.glob("*.txt")):
+        assert escape(caption.read_text(encoding="utf-8").strip()) in page, caption.name
+    assert len(re.findall(r'<img [^>]*src="data:image/webp;base64,', page)) >= 12
+    assert "from the latent" in page
 
 
 def test_psnr_is_that_of_its_definition() -> None:

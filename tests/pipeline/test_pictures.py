@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.pictures import Row, grid, latent_to_frames, spread, write_gif
+from pipeline.pictures import Row, grid, latent_to_frames, spread, write_animation, write_gif
 
 
 @pytest.mark.parametrize("num_channels", [1, 2, 4, 16])
@@ -42,3 +42,13 @@ def test_an_animation_has_a_frame_for_every_frame_of_the_longest_clip(tmp_path: 
     with Image.open(tmp_path / "a.gif") as gif:
         assert gif.n_frames == 5
         assert gif.info["loop"] == 0
+
+
+def test_an_animation_has_the_colours_of_every_scene(tmp_path: Path) -> None:
+    scenes = [(200, 30, 30), (30, 180, 40), (40, 50, 220), (240, 240, 30), (20, 20, 20)]
+    frames = np.array([np.full((24, 32, 3), colour) for colour in scenes], np.uint8)
+    write_animation(tmp_path / "a.gif", frames, fps=8)
+    with Image.open(tmp_path / "a.gif") as gif:
+        for number, frame in enumerate(frames):
+            gif.seek(number)
+            assert np.abs(np.asarray(gif.convert("RGB")).astype(int) - frame).max() < 8
