@@ -98,6 +98,9 @@ class RunPart:
     progress: str = option("auto, plain or json", choice("progress", PROGRESS), "auto")
 
 
+PARTS = {"run": RunPart, "text": TextEncoderConfig}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Task:
     """A record of the output to cover, or to cover again.
@@ -134,7 +137,7 @@ def main(argv: Sequence[str]) -> int:
         signal.signal(signal.SIGTERM, _interrupt)
     try:
         description = (__doc__ or "").split("\n")[0]
-        parts = read_parts(argv, {"run": RunPart, "text": TextEncoderConfig}, "encode_text.py", description)
+        parts = read_parts(argv, PARTS, "encode_text.py", description)
         with Progress(parts["run"].progress) as progress:
             summary = encode_texts(parts["run"], parts["text"], progress)
     except ConfigMismatchError as error:

@@ -435,7 +435,7 @@ def _preview(arguments: argparse.Namespace) -> None:
     if arguments.key is not None:
         _preview_clip(arguments, manifest)
         return
-    decoder = _decoder_of(arguments, manifest)
+    decoder = _decoder_at_hand(arguments, manifest)
     rows = []
     for batch in LatentDataset(arguments.uri, batch_size=1, shuffle_seed=None):
         latent = batch["latents"][0].numpy() / facts.scaling_factor + facts.shift_factor
@@ -452,19 +452,29 @@ def _preview(arguments: argparse.Namespace) -> None:
     _say(str(arguments.output))
 
 
-def _decoder_of(arguments: argparse.Namespace, manifest: DatasetManifest) -> LatentDecoder | None:
-    """The VAE that made the latents, or None where none was asked for.
+def _decoder_at_hand(arguments: argparse.Namespace, manifest: DatasetManifest) -> LatentDecoder | None:
+    """The VAE that made the latents; None where none was asked for, or where it is not at hand, which is said.
 
     Raises:
-        UsageError: it is not at hand, or is another one.
+        UsageError: the model that was asked for is not there, or is another one.
     """
+    if arguments.model == "none":
+        return None
+    try:
+        return _decoder_of(arguments, manifest)
+    except UsageError as error:
+        if arguments.model is not None:
+            raise
+        print(f"note: the model is not at hand, so latents are shown: {printable(str(error))}", file=sys.stderr)
+        return None
+
+
+def _decoder_of(arguments: argparse.Namespace, manifest: DatasetManifest) -> LatentDecoder:
     import torch
 
     from pipeline.codec import LatentDecoder
     from pipeline.config import parse_arguments
 
-    if arguments.model == "none":
-        return None
     facts = manifest.model
     flags = ["--input", "-", "--output", arguments.uri, "--model", arguments.model or facts.model]
     flags += ["--subfolder", arguments.subfolder] if arguments.subfolder else []
@@ -494,15 +504,7 @@ def _preview_clip(arguments: argparse.Namespace, manifest: DatasetManifest) -> N
         raise UsageError(f"there is no clip {arguments.clip} of a video {arguments.key!r}: {error}") from error
     batch = next(iter(dataset))
     latent = batch["latents"][0].numpy()
-    try:
-        decoder = _decoder_of(arguments, manifest)
-    except UsageError as error:
-        if arguments.model is not None:
-            raise
-        print(
-            f"note: the model is not at hand, so the latent itself is shown: {printable(str(error))}", file=sys.stderr
-        )
-        decoder = None
+    decoder = _decoder_at_hand(arguments, manifest)
     num_frames = int(batch["bucket"].rpartition("x")[2])
     frames = held_latent(latent_to_frames(latent), num_frames) if decoder is None else decoder.decode(latent)
     fps = batch["fps"][0] or 1.0

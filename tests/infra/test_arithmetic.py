@@ -60,7 +60,7 @@ def test_the_table_of_sizes_adds_up() -> None:
     assert _row("requests that write") == [2 * number for number in shards]
     assert _row("requests that read") == [3 * number for number in shards]
     assert _row("pages of one list of all records") == [max(1, number / 1000) for number in shards]
-    assert _row("latents") == approximately([0.92 * latent_bytes * number for number in clips])
+    assert _row("latents") == approximately([latent_bytes * number for number in clips])
     for gpu, tflops in (("GPU hours, L4", 121), ("GPU hours, H100", 989)):
         assert _row(gpu) == approximately([GFLOP_OF_A_CLIP * n / (0.4 * tflops * 1e3) / 3600 for n in clips])
     assert _row("CPU hours of decoding") == approximately([bucket.num_frames / 220 * n / 3600 for n in clips])

@@ -58,9 +58,13 @@ def test_urls_lists_the_committed_files_of_one_format(output: Path, capsys: pyte
         assert all(url.endswith(ending) and Path(url).is_file() for url in urls)
 
 
-def test_preview_draws_latents_without_a_model(output: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("flags", [["--model", "none"], []], ids=["not asked for", "not at hand"])
+def test_preview_draws_latents_without_a_model(
+    flags: list[str], output: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     picture = tmp_path / "preview.png"
-    assert main(["preview", str(output), "-o", str(picture), "--model", "none", "--num-clips", "2"]) == 0
+    assert main(["preview", str(output), "-o", str(picture), *flags, "--num-clips", "2"]) == 0
+    assert ("not at hand" in capsys.readouterr().err) == (not flags)
     with Image.open(picture) as image:
         assert image.format == "PNG"
         assert image.height > 2 * 96
