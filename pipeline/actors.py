@@ -42,6 +42,7 @@ from pipeline.decode import DecodePool, decoder_versions
 from pipeline.errors import DecodeChildError, StorageError, UsageError
 from pipeline.format import FORMAT_VERSION, ShardWriter, WrittenFile
 from pipeline.inputs import FoundVersions
+from pipeline.quality import Inspection, ShardQuality
 from pipeline.records import (
     Clip,
     ClipFailure,
@@ -114,6 +115,7 @@ class ShardReport:
     busy_share: float  # of the time from the first clip asked for to the last record written
     num_inputs_changed: int = 0  # files of a slice that were not as planned
     num_texts_truncated: int = 0  # texts with more tokens than the encoder takes
+    quality: ShardQuality | None = None  # None: nothing was decoded back
 
 
 class _Account:
@@ -405,6 +407,7 @@ class EncodeActor:
         turn: int,
         videos: _Videos,
         elsewhere: Set[tuple[str, int]] = frozenset(),
+        inspection: Inspection | None = None,
     ) -> Iterator[_Encoded]:
         """A shard as local files, which are gone afterwards; without the samples that stand elsewhere."""
         assert self._decode_pool is not None, "start() has not run"
@@ -414,7 +417,7 @@ class EncodeActor:
             self._ahead.add(ahead)
             try:
                 self._turns.wait_for(turn)
-                encoded = self._encode(spec, manifest, ahead, directory, elsewhere)
+                encoded = self._encode(spec, manifest, ahead, directory, elsewhere, inspection)
                 self._turns.end(turn)
                 yield encoded
             finally:
@@ -428,7 +431,8 @@ class EncodeActor:
         if begun is not None:
             spec, elsewhere = replace(spec, redo=replace(begun.redo, keys=begun.keys)), begun.elsewhere
         videos = self._videos(spec, poison)
-        with self._encoded(spec, manifest, turn, videos, elsewhere) as encoded:
+        inspection = self._inspection(spec)
+        with self._encoded(spec, manifest, turn, videos, elsewhere, inspection) as encoded:
             started = time.perf_counter()
             files = () if begun is not None else tuple(self._stored(spec, file) for file in encoded.files)
             uploaded = time.perf_counter()
@@ -455,7 +459,15 @@ class EncodeActor:
             num_texts_truncated=encoded.conditions.num_truncated,
             timings_s=timings_s,
             busy_share=encoded.busy_share,
+            quality=None if inspection is None else inspection.found(),
         )
+
+    def _inspection(self, spec: ShardSpec) -> Inspection | None:
+        """For attempts alone: a probe looks for a video that kills this process, and a check must never be blamed."""
+        if not self._config.run.quality_share:
+            return None
+        assert self._encoder is not None, "start() has not run"
+        return Inspection(self._encoder.decoder(), self._config.run, spec.base_id)
 
     def _stored(self, spec: ShardSpec, file: WrittenFile) -> FileStat:
         stat = put_written_file(self._store, file, spec.shard_id)
@@ -469,6 +481,7 @@ class EncodeActor:
         ahead: _DecodeAhead,
         directory: Path,
         elsewhere: Set[tuple[str, int]],
+        inspection: Inspection | None,
     ) -> _Encoded:
         assert self._encoder is not None, "start() has not run"
         assert self._conditions is not None, "start() has not run"
@@ -476,9 +489,10 @@ class EncodeActor:
         conditions = self._conditions.shard(spec.base_id)
         write_s = 0.0
         busy_before_s = self._encoder.busy_s
+        encode = self._encoder.encode if inspection is None else inspection.around(self._encoder.encode)
         started = time.perf_counter()
         with ShardWriter(directory, spec.shard_id, manifest, self._config.encoding.format) as writer:
-            for entry in self._encoder.encode(conditions.watched(ahead)):
+            for entry in encode(conditions.watched(ahead)):
                 write_started = time.perf_counter()
                 Steps.note()
                 if isinstance(entry, ClipFailure):
@@ -493,6 +507,7 @@ class EncodeActor:
             write_s += time.perf_counter() - write_started
         conditions.write(directory, files)
         encode_s = self._encoder.busy_s - busy_before_s
+        check_s = 0.0 if inspection is None else inspection.check_s
         return _Encoded(
             files=files,
             counts=account.counts(),
@@ -501,10 +516,11 @@ class EncodeActor:
                 "decode": ahead.decode_s,
                 "wait": ahead.wait_s,
                 "encode": encode_s,
+                "check": check_s,
                 "embed": conditions.embed_s,
                 "write": write_s,
             },
-            busy_share=encode_s / max(1e-9, time.perf_counter() - started),
+            busy_share=(encode_s + check_s) / max(1e-9, time.perf_counter() - started),
         )
 
     def stop(self) -> None:

@@ -128,6 +128,10 @@ class ClipEncoder:
         self._staging: dict[Bucket, list[_Staging]] = {}
         self._copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
+    def decoder(self) -> LatentDecoder:
+        """A decoder on the weights that this encoder holds, for the same thread: nothing is loaded."""
+        return LatentDecoder(self._encoding, self.device, self._vae)
+
     def encode(self, clips: Iterable[Clip | ClipFailure]) -> Iterator[LatentRecord | ClipFailure]:
         """Records in the order in which batches fill; failures in the input pass through at once.
 
@@ -272,20 +276,38 @@ def _record(clip: Clip, moments: npt.NDArray[np.floating], store: str) -> Latent
 
 
 class LatentDecoder:
-    """Decodes stored latents to pictures, for previews and quality checks."""
+    """Decodes stored latents to pictures, for previews and quality checks.
 
-    def __init__(self, encoding: EncodingConfig, device: torch.device) -> None:
-        self._vae = load_model(encoding, device)
+    Args:
+        vae: a model as `load_model` gives it; None: it is loaded.
+    """
+
+    def __init__(self, encoding: EncodingConfig, device: torch.device, vae: cvvae.CVVAE | None = None) -> None:
+        self._vae = load_model(encoding, device) if vae is None else vae
         self._device = device
         self._dtype = _DTYPES[encoding.compute_dtype_on(device.type)]
         self.facts = model_facts(self._vae, encoding)
 
-    @torch.inference_mode()
     def decode(self, mean: npt.NDArray[np.floating]) -> npt.NDArray[np.uint8]:
         """Unscaled posterior mean `(C, t, h, w)` -> uint8 `(1+4(t-1), 8h, 8w, 3)` in 0..255."""
+        return self.decode_counted(mean)[0]
+
+    @torch.inference_mode()
+    def decode_counted(self, mean: npt.NDArray[np.floating]) -> tuple[npt.NDArray[np.uint8], int]:
+        """As `decode`, with the number of values that were NaN or infinite before they became pixels."""
         latents = torch.from_numpy(np.ascontiguousarray(mean)).to(self._device, self._dtype).unsqueeze(0)
+        num_nonfinite = 0
+        pictures = []
+        for video in self._decoded(latents):
+            num_nonfinite += video.numel() - int(torch.isfinite(video).sum())
+            pictures.append(output_to_pixels(video))
+        return np.concatenate(pictures), num_nonfinite
+
+    def _decoded(self, latents: torch.Tensor) -> Iterator[torch.Tensor]:
+        """The video `(3, T, H, W)`, or where the model streams one piece of it after the other."""
         chunk_frames = self._vae.chunk_frames
         if not self._vae.is_causal or chunk_frames is None:
-            return output_to_pixels(self._vae.decode(latents).sample[0])
-        pieces = latents.split(chunk_frames // self._vae.temporal_compression, dim=2)
-        return np.concatenate([output_to_pixels(piece[0]) for piece in self._vae.decode_stream(pieces)])
+            yield self._vae.decode(latents).sample[0]
+            return
+        for piece in self._vae.decode_stream(latents.split(chunk_frames // self._vae.temporal_compression, dim=2)):
+            yield piece[0]

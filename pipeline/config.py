@@ -381,6 +381,16 @@ class RunConfig:
     max_rejected_share: float = option(
         "share of rejected videos above which the exit code is 5", number("max-rejected-share", 0, 1), 0.5
     )
+    quality_share: float = option(
+        "share of the clips that are decoded back after they are encoded and compared with their pixels (0: none)",
+        number("quality-share", 0, 1),
+        0.0,
+    )
+    quality_min_psnr_db: float | None = option(
+        "PSNR under which a clip that is decoded back rings an alarm; auto: 20, for clips that are hard to show less",
+        auto_or(number("quality-min-psnr-db", 0, 100)),
+        None,
+    )
     single_writer: bool = option(
         "allow a store without conditional writes (then never run two jobs at once)",
         yes_no("single_writer"),

@@ -31,10 +31,11 @@ from prometheus_client.registry import Collector
 
 from pipeline.records import REASONS
 
-STAGES = ("decode", "wait", "encode", "embed", "write", "upload", "commit")
+STAGES = ("decode", "wait", "encode", "check", "embed", "write", "upload", "commit")
 SHARD_STATES = ("pending", "running", "done", "undone")
 COMMIT_OUTCOMES = ("committed", "lost_race", "already_done", "restored")
 STORE_ERROR_OUTCOMES = ("repeated", "given_up")
+QUALITY_ALARMS = ("nonfinite", "undecoded", "psnr", "channels")
 _PREFIX = "latentmill_"
 _PUSH_TIMEOUT_S = 10.0
 _SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000, 3000)
@@ -101,6 +102,33 @@ METRICS: Mapping[str, Metric] = {
         kind="counter",
         help="requests to the object store that failed, of all processes: repeated after a pause, or given up",
         labels={"outcome": STORE_ERROR_OUTCOMES},
+    ),
+    "latentmill_quality_clips_total": Metric(
+        kind="counter", help="clips that were decoded back and compared with their pixels (--quality-share)", labels={}
+    ),
+    "latentmill_quality_nonfinite_values_total": Metric(
+        kind="counter", help="values of clips that were decoded back which were NaN or infinite", labels={}
+    ),
+    "latentmill_quality_alarms_total": Metric(
+        kind="counter", help="alarms about the quality of latents, by kind", labels={"kind": QUALITY_ALARMS}
+    ),
+    "latentmill_quality_psnr_mean_db": Metric(
+        kind="gauge", help="mean PSNR of the clips that were decoded back in this run", labels={}, has_start=False
+    ),
+    "latentmill_quality_psnr_worst_db": Metric(
+        kind="gauge", help="lowest PSNR of a clip that was decoded back in this run", labels={}, has_start=False
+    ),
+    "latentmill_quality_latent_deviation": Metric(
+        kind="gauge",
+        help="deviation of the scaled latents of these clips, all channels together (a diffusion model takes about 1)",
+        labels={},
+        has_start=False,
+    ),
+    "latentmill_quality_latent_mean": Metric(
+        kind="gauge",
+        help="mean of the channel of these scaled latents whose mean is farthest from 0, without its sign",
+        labels={},
+        has_start=False,
     ),
     "latentmill_run_start_timestamp_seconds": Metric(
         kind="gauge", help="Unix time at which the run began", labels={}, has_start=False

@@ -8,7 +8,6 @@ reading at most sixteen data files and a few lists of rejections.
 
 from __future__ import annotations
 
-import math
 import tempfile
 from bisect import bisect_right
 from collections import Counter, defaultdict
@@ -31,6 +30,7 @@ from pipeline.epoch import shuffled
 from pipeline.errors import DamagedObjectError, StorageError, UsageError
 from pipeline.originals import FoundClips, Originals, encoding_of, slices_by_shard
 from pipeline.pictures import Frames, held_latent, latent_to_frames, side_by_side
+from pipeline.quality import psnr_db
 from pipeline.records import COUNTED, REASONS, Bucket, Commit, DatasetManifest, ShardSpec, sum_counts
 from pipeline.storage import ObjectStore, open_store
 from pipeline.store import shown_uri
@@ -51,7 +51,6 @@ _PAUSE_S = 3600.0
 _MOST_BINS = 48
 # Upper ends of the classes that durations are counted in, in seconds.
 _DURATIONS_S = (1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1800)
-_PERFECT_DB = 100.0
 _LOW_PSNR_DB = 20.0
 _REJECTED_SHARE = 0.2
 _FAINT_CHANNEL = 0.05
@@ -669,13 +668,6 @@ class _Gallery:
         shape = (bucket.num_frames, bucket.height_px, bucket.width_px, 3)
         assert frames.shape == shape, f"decoded frames are {frames.shape}, and their bucket says {shape}"
         return frames
-
-
-def psnr_db(original: Frames, other: Frames) -> float:
-    """Peak signal to noise ratio over all pixels of two clips of uint8, in dB; equal clips have 100."""
-    error = original.astype(np.float32) - other.astype(np.float32)
-    mse = float(np.mean(error * error, dtype=np.float64))
-    return min(_PERFECT_DB, 10 * math.log10(255**2 / mse)) if mse else _PERFECT_DB
 
 
 def _quality(examples: Sequence[Example], decoder: LatentDecoder | None) -> dict[str, Any]:

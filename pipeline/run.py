@@ -62,6 +62,7 @@ from pipeline.format import FORMAT_VERSION
 from pipeline.metrics import RunMetrics
 from pipeline.plan import InputChange, changed_inputs, infer_passthrough, plan_shards
 from pipeline.progress import Crew, Progress, RateMeter, Standing
+from pipeline.quality import RunQuality
 from pipeline.records import Commit, DatasetManifest, ShardSpec, sum_counts
 from pipeline.redo import Retries, ordered_repairs, repairs, retries
 from pipeline.scratch import Scratch
@@ -144,6 +145,9 @@ class RunSummary:
     num_inputs_changed_on_the_way: int = 0
     num_texts_truncated: int = 0  # of the texts that this run embedded
     inputs_changed: Mapping[str, Sequence[str]] = field(default_factory=dict)  # URI -> version then and now, at most 20
+    quality: Mapping[str, Any] | None = (
+        None  # of the clips that were decoded back (--quality-share), `RunQuality.facts`
+    )
 
 
 class _HopelessError(LatentmillError):
@@ -225,6 +229,8 @@ def run(config: JobConfig, progress: Progress, metrics: RunMetrics) -> RunSummar
             ledger.sandbox = sandbox.in_words(facts.sandbox)
             progress.say("sandbox", f"decode children are kept in by: {ledger.sandbox}")
             manifest = _open_output(store, stored, config, facts, specs)
+            if config.run.quality_share:
+                ledger.quality = RunQuality(manifest.model, metrics, progress)
             if not manifest.model.is_trained:
                 progress.say("untrained", f"the model {manifest.model.model!r} is untrained: its latents mean nothing")
             _Dispatch(pool, manifest, ledger, interrupt, progress, store, config).until_decided()
@@ -390,6 +396,7 @@ class _Ledger:
         self._config = config
         self.max_attempts = config.run.max_attempts
         self.sandbox: str | None = None
+        self.quality: RunQuality | None = None
         self._num_records = 0
         self._num_rejected = 0
         self._reasons: Counter[str] = Counter()
@@ -421,6 +428,8 @@ class _Ledger:
         self.done.add(spec.shard_id)
         self._num_changed_on_the_way += report.num_inputs_changed
         self._num_texts_truncated += report.num_texts_truncated
+        if self.quality is not None and report.quality is not None:
+            self.quality.add(spec.shard_id, report.quality, actor)
         counts = report.counts
         metrics = self.metrics
         metrics.add("latentmill_shard_commit_total", outcome=report.outcome)
@@ -544,6 +553,7 @@ class _Ledger:
             is_trained=is_trained,
             sandbox=self.sandbox,
             undone=dict(sorted(self.undone.items())[:20]),
+            quality=None if self.quality is None else self.quality.facts(),
         )
 
 

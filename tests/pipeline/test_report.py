@@ -29,8 +29,9 @@ from pipeline.decode import DecodePool
 from pipeline.originals import Originals
 from pipeline.pictures import side_by_side
 from pipeline.plan import plan_shards
+from pipeline.quality import psnr_db
 from pipeline.records import Bucket, DatasetManifest, LatentRecord
-from pipeline.report import Example, Report, psnr_db, report
+from pipeline.report import Example, Report, report
 from pipeline.report_page import page
 from pipeline.source import iterate_videos
 from pipeline.storage import open_store
