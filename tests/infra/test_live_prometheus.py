@@ -61,6 +61,7 @@ def test_every_panel_returns_data_of_a_real_run(ray_home: Mapping[str, str], tmp
     pack_clips(tmp_path / "shards", 4, [*CLIP_VIDEOS, *CLIP_STILLS])
     flags = ["--input", str(tmp_path / "shards"), "--output", str(tmp_path / "nightly"), *SMALL, "--num-actors", "1"]
     flags += ["--metrics-port", run.rpartition(":")[2], "--metrics-cluster", "west", "--deadline-s", "36000"]
+    flags += ["--quality-share", "1"]
     flags += ["--metrics-push", f"http://{gateway}"]
     watch = [f"--config.file={tmp_path}/prometheus.yaml", f"--storage.tsdb.path={tmp_path}/data"]
     started = time.time()
@@ -90,7 +91,7 @@ def test_every_panel_returns_data_of_a_real_run(ray_home: Mapping[str, str], tmp
             values = _ask(server, f"label/{label}/values", **{"match[]": name})
             assert values == [LABELS[label]]
         rules = [rule for group in _ask(server, "rules")["groups"] for rule in group["rules"]]
-        assert len(rules) == 9
+        assert len(rules) == 10
         assert [rule["name"] for rule in rules if rule["health"] != "ok"] == []
         assert [rule["name"] for rule in rules if rule["state"] == "firing"] == []
         clips = _ask(server, "query", query='sum(latentmill_last_run_clips{outcome="ok"})')["result"]

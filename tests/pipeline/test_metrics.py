@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import time
 from pathlib import Path
 from urllib.request import urlopen
@@ -12,8 +13,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from pipeline.actors import ShardReport
 from pipeline.config import parse_arguments
 from pipeline.metrics import METRICS, STAGES, RunMetrics, final_name
-from pipeline.progress import Crew
-from pipeline.records import REASONS, ShardCounts, ShardSpec
+from pipeline.progress import Crew, Progress
+from pipeline.quality import ClipQuality, RunQuality, ShardQuality
+from pipeline.records import REASONS, ModelFacts, ShardCounts, ShardSpec
 from pipeline.redo import Retries
 from pipeline.run import _Again, _Ledger
 
@@ -79,6 +81,50 @@ def test_many_failures_of_many_inputs_make_no_new_series() -> None:
     assert [name for name, _ in after.keys() - before] == ["latentmill_encoder_busy_ratio"] * 2
     assert len(after) < 2000
     assert not any("s3://" in value for _, labels in after for _, value in labels)
+
+
+def test_clips_that_are_looked_at_make_the_same_series_whatever_they_are_called() -> None:
+    metrics = RunMetrics()
+    model = ModelFacts(
+        model="m",
+        revision=None,
+        weights_sha256="0" * 64,
+        is_trained=True,
+        scaling_factor=1.0,
+        shift_factor=0.0,
+        latent_channels=1,
+        temporal_compression=4,
+        spatial_compression=8,
+    )
+    quality = RunQuality(model, metrics, Progress("plain", io.StringIO()))
+    before = _scrape(metrics)
+    for number in range(300):
+        clip = ClipQuality(key=f"s3://{number}", clip_index=number, psnr_db=15.0 - number / 100, floor_db=15.0)
+        found = ShardQuality(
+            num_clips=2,
+            num_undecoded=number % 2,
+            why_undecoded=f"s3://{number}",
+            psnr_sum_db=2 * clip.psnr_db,
+            worst=clip,
+            num_low=1,
+            low=clip,
+            num_nonfinite_clips=0,
+            num_nonfinite_values=number % 3,
+            num_values=10,
+            sums=(0.0,),
+            squares=(10.0 * number,),
+        )
+        quality.add(f"shard{number}", found, actor=number)
+    after = _scrape(metrics)
+    assert sorted(name for name, _ in after.keys() - before.keys()) == [
+        "latentmill_quality_latent_deviation",
+        "latentmill_quality_latent_mean",
+        "latentmill_quality_psnr_mean_db",
+        "latentmill_quality_psnr_worst_db",
+    ]
+    assert after["latentmill_quality_clips_total", ()] == 600
+    assert after["latentmill_quality_psnr_worst_db", ()] == pytest.approx(12.01)
+    assert after["latentmill_quality_alarms_total", (("kind", "psnr"),)] == 300 // 16 + 1
 
 
 def test_constant_labels_stand_on_every_series() -> None:
