@@ -145,9 +145,7 @@ class RunSummary:
     num_inputs_changed_on_the_way: int = 0
     num_texts_truncated: int = 0  # of the texts that this run embedded
     inputs_changed: Mapping[str, Sequence[str]] = field(default_factory=dict)  # URI -> version then and now, at most 20
-    quality: Mapping[str, Any] | None = (
-        None  # of the clips that were decoded back (--quality-share), `RunQuality.facts`
-    )
+    quality: Mapping[str, Any] | None = None  # of the clips that were decoded back: `RunQuality.facts`
 
 
 class _HopelessError(LatentmillError):
