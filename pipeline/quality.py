@@ -375,13 +375,17 @@ class RunQuality:
         if self._worst is not None:
             shard_id, worst = self._worst
             psnr = {
-                "mean": self._psnr_sum_db / self._num_clips,
-                "worst": worst.psnr_db,
+                "mean": round(self._psnr_sum_db / self._num_clips, 3),
+                "worst": round(worst.psnr_db, 3),
                 "worst_clip": {"shard_id": shard_id, "key": worst.key, "clip_index": worst.clip_index},
                 "num_low": self._num_low,
             }
             mean, deviation = self._channels.scaled(self._model)
-            channels = {"mean": mean.tolist(), "deviation": deviation.tolist(), "deviation_of_all": _of_all(deviation)}
+            channels = {
+                "mean": mean.round(4).tolist(),
+                "deviation": deviation.round(4).tolist(),
+                "deviation_of_all": round(_of_all(deviation), 4),
+            }
         return {
             "num_clips": self._num_clips,
             "num_undecoded": self._num_undecoded,
