@@ -88,7 +88,7 @@ def test_the_judge_sees_frames_that_are_lost_repeated_or_other_ones(judge: Video
     negative = encoded(255 - honest, "mp4", "mjpeg")
     tallies["other"] = Tally()
     judge.judge([VideoMutant(9, "mp4", "mjpeg", "other", negative)], tallies["other"])
-    assert {kind: tally.violations for kind, tally in tallies.items()} == dict.fromkeys(tallies, [])
+    assert not [violation for tally in tallies.values() for violation in tally.violations]
     assert tallies["whole"].counts["videos recorded whole"] == 1
     assert tallies["whole"].notes == []
     assert tallies["lost"].counts["clips with a gap"] == 1
