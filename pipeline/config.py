@@ -397,7 +397,22 @@ class RunConfig:
         False,
         is_switch=True,
     )
-    dry_run: bool = option("say what would be done and stop", yes_no("dry_run"), False, is_switch=True)
+    dry_run: bool = option(
+        "say what would be done, how long it would take and what it would cost, and stop; writes nothing",
+        yes_no("dry_run"),
+        False,
+        is_switch=True,
+    )
+    dry_run_seconds: float = option(
+        "seconds that --dry-run may spend on looking at videos and measuring the encoder, beside listing the input",
+        number("dry-run-seconds", 2, 3600),
+        20.0,
+    )
+    gpu_hour_price: float | None = option(
+        "price of an hour of one GPU, or of one actor where there is no GPU, in any money: --dry-run multiplies",
+        number("gpu-hour-price", 0, 1e6),
+        None,
+    )
     retry_failed: tuple[str, ...] = option("encode rejections of these reasons again", _reasons, ())
     metrics_port: int | None = option(
         "serve Prometheus metrics on 127.0.0.1:PORT (0: any free one)", whole("metrics-port", 0), None

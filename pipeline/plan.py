@@ -29,6 +29,7 @@ import io
 import json
 import os
 import posixpath
+import random
 import re
 from abc import ABC, abstractmethod
 from collections import defaultdict, deque
@@ -85,6 +86,8 @@ _COSTS = {"video": 1000, "image": 64}
 _CSV_BLOCK_BYTES = 64 << 20  # a row, with its caption, must fit
 _LONGEST_KEY_BYTES = 1024  # of S3, Google and Azure alike
 _NUM_UPLOADS = 16
+_NUM_KEPT_SLICES = 32
+_NUM_FIRST_SLICES = 8
 _LOOK_SAMPLES = 32
 _LOOK_BYTES = 256 << 20
 _LONGEST_JSON_BYTES = 4 << 20
@@ -92,13 +95,46 @@ _LONGEST_JSON_BYTES = 4 << 20
 _MOST_COLUMNS = 256
 
 
-def plan_shards(source: SourceConfig, store: ObjectStore, *, write: bool = True) -> list[ShardSpec]:
+class UnwrittenSlices:
+    """The slices that a dry run planned and did not write: all their names, and the content of some of them.
+
+    Kept are the first ones and an even draw of all: those of a table of millions of rows would not fit into memory.
+
+    Attributes:
+        keys: of all of them, under plans/.
+        kept: key -> bytes.
+    """
+
+    def __init__(self) -> None:
+        self.keys: list[str] = []
+        self.kept: dict[str, bytes] = {}
+        self._drawn: list[str] = []
+        self._random = random.Random(0)
+
+    def note(self, key: str, data: bytes) -> None:
+        """Takes the next slice (Vitter's algorithm R: at any time each has been drawn with the same chance)."""
+        self.keys.append(key)
+        if len(self.keys) <= _NUM_FIRST_SLICES:
+            self.kept[key] = data
+        elif len(self._drawn) < _NUM_KEPT_SLICES:
+            self._drawn.append(key)
+            self.kept[key] = data
+        elif (place := self._random.randrange(len(self.keys) - _NUM_FIRST_SLICES)) < _NUM_KEPT_SLICES:
+            del self.kept[self._drawn[place]]
+            self._drawn[place] = key
+            self.kept[key] = data
+
+
+def plan_shards(
+    source: SourceConfig, store: ObjectStore, *, write: bool = True, unwritten: UnwrittenSlices | None = None
+) -> list[ShardSpec]:
     """The shards of an input, sorted by source URI and number: the same list for the same input and output.
 
     Args:
         source: what to read and how finely to cut it.
         store: the output; new slices are written under its plans/.
         write: False plans alike and writes nothing (a dry run); the `plan_key` of a new slice then leads nowhere.
+        unwritten: takes what is not written then.
 
     Raises:
         UsageError: the input is empty, of unknown kind or of several kinds; or a table lacks the URI column, is
@@ -109,9 +145,9 @@ def plan_shards(source: SourceConfig, store: ObjectStore, *, write: bool = True)
     found = _classify(source.input, list_inputs(source.input), store.root_uri)
     specs = [_tar_spec(tar) for tar in found.tars]
     for table in found.tables:
-        specs += _TablePlan(source, store, table).specs(write)
+        specs += _TablePlan(source, store, table).specs(write, unwritten)
     if found.media:
-        specs += _FolderPlan(source, store, found).specs(write)
+        specs += _FolderPlan(source, store, found).specs(write, unwritten)
     if not specs:
         raise UsageError(f"--input: {source.input} has no rows, so there is nothing to encode")
     _refuse_equal_ids(specs)
@@ -360,13 +396,13 @@ class _SlicePlan(ABC):
         """By number of the slice: the files that are not as planned any more, with their version of now."""
         return {}
 
-    def specs(self, write: bool) -> list[ShardSpec]:
+    def specs(self, write: bool, unwritten: UnwrittenSlices | None = None) -> list[ShardSpec]:
         """The slices of all rounds, a new one included."""
         while True:
             rounds = self._rounds()
             slices = [(s["key"], s["num_videos"]) for r in rounds for s in r["slices"]]
             covered: dict[str, object] = {}
-            new_slices = self._write_slices(self._new_entries(rounds, covered), len(slices), write)
+            new_slices = self._write_slices(self._new_entries(rounds, covered), len(slices), write, unwritten)
             if new_slices and write:
                 document = {
                     "version": 1,
@@ -395,7 +431,9 @@ class _SlicePlan(ABC):
                 )
         return rounds
 
-    def _write_slices(self, entries: Iterator[SliceEntry], first: int, write: bool) -> list[tuple[str, int]]:
+    def _write_slices(
+        self, entries: Iterator[SliceEntry], first: int, write: bool, unwritten: UnwrittenSlices | None
+    ) -> list[tuple[str, int]]:
         written: list[tuple[str, int]] = []
         uploads: deque[Future[bytes]] = deque()
         with ThreadPoolExecutor(_NUM_UPLOADS) as pool:
@@ -406,6 +444,8 @@ class _SlicePlan(ABC):
                 written.append((key, len(batch)))
                 if write:
                     uploads.append(pool.submit(create_once, self._store, key, data))
+                elif unwritten is not None:
+                    unwritten.note(key, data)
                 if len(uploads) > 4 * _NUM_UPLOADS:
                     uploads.popleft().result()
             for upload in uploads:

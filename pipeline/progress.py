@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import TextIO
 
@@ -73,7 +73,7 @@ class Standing:
             f"shards {self.num_shards_done}/{self.num_shards} ({self.num_shards_running} running{self._undone()})  "
             f"clips {self.num_records} at {self.clips_per_s:.2f}/s  rejected {self.num_rejected}  "
             f"encoders {self.crew.num_encoders_ready}/{self.crew.num_encoders}{busy}  retries {self.num_retries}  "
-            f"elapsed {_duration(self.elapsed_s)}  ETA {self._eta()}"
+            f"elapsed {duration_text(self.elapsed_s)}  ETA {self._eta()}"
         )
 
     def view(self) -> Group:
@@ -93,7 +93,7 @@ class Standing:
         busy = "--" if crew.encoder_busy_share is None else f"{crew.encoder_busy_share:.0%}"
         lines = [
             f"{self.num_shards_running} running{self._undone()}, {self.num_retries} retries, "
-            f"elapsed {_duration(self.elapsed_s)}",
+            f"elapsed {duration_text(self.elapsed_s)}",
             f"clips {self.num_records:,} at {self.clips_per_s:.2f}/s, {crew.num_clips_waiting} decoded and waiting",
             f"encoders {crew.num_encoders_ready} of {crew.num_encoders}{nodes}, busy {busy}",
         ]
@@ -109,10 +109,20 @@ class Standing:
         return f", {self.num_shards_undone} undone" if self.num_shards_undone else ""
 
     def _eta(self) -> str:
-        return "--" if self.eta_s is None else _duration(self.eta_s)
+        return "--" if self.eta_s is None else duration_text(self.eta_s)
 
 
-def _duration(seconds: float) -> str:
+def size_text(num_bytes: float) -> str:
+    """ "2.97 MB" of 2970692."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if num_bytes < 1000:
+            return f"{num_bytes:.3g} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:,.0f} PB"
+
+
+def duration_text(seconds: float) -> str:
+    """ "1:02:05" of 3725."""
     minutes, rest_s = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest_s:02d}"
@@ -173,6 +183,13 @@ class Progress:
         self._last_shown_s = now
         text = json.dumps({"event": "progress", **asdict(standing)}) if self._mode == "json" else standing.line()
         print(text, file=self._stream, flush=True)
+
+    def lines(self, lines: Iterable[str]) -> None:
+        """A text of several lines for people; programs have the result line of the job."""
+        if self._mode == "json":
+            return
+        for line in lines:
+            self.say("", line)
 
     def say(self, event: str, message: str) -> None:
         """One message for the log; control characters of hostile names are escaped."""

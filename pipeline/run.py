@@ -19,7 +19,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from ipaddress import ip_address
 from itertools import islice
 from types import FrameType
@@ -58,9 +58,11 @@ from pipeline.conditions import (
 )
 from pipeline.config import JobConfig
 from pipeline.errors import ConfigMismatchError, LatentmillError, StorageError, UsageError
+from pipeline.estimate import estimate
+from pipeline.estimate_text import lines_of
 from pipeline.format import FORMAT_VERSION
 from pipeline.metrics import RunMetrics
-from pipeline.plan import InputChange, changed_inputs, infer_passthrough, plan_shards
+from pipeline.plan import InputChange, UnwrittenSlices, changed_inputs, infer_passthrough, plan_shards
 from pipeline.progress import Crew, Progress, RateMeter, Standing
 from pipeline.quality import RunQuality
 from pipeline.records import Commit, DatasetManifest, ShardSpec, sum_counts
@@ -146,6 +148,7 @@ class RunSummary:
     num_texts_truncated: int = 0  # of the texts that this run embedded
     inputs_changed: Mapping[str, Sequence[str]] = field(default_factory=dict)  # URI -> version then and now, at most 20
     quality: Mapping[str, Any] | None = None  # of the clips that were decoded back: `RunQuality.facts`
+    estimate: Mapping[str, object] | None = None  # of a dry run, `estimate.Estimate`
 
 
 class _HopelessError(LatentmillError):
@@ -196,7 +199,8 @@ def run(config: JobConfig, progress: Progress, metrics: RunMetrics) -> RunSummar
     stored = read_manifest(store)
     if stored is not None:
         _refuse_other_encoding(store, stored, config)
-    specs = plan_shards(config.source, store, write=not config.run.dry_run)
+    unwritten = UnwrittenSlices()
+    specs = plan_shards(config.source, store, write=not config.run.dry_run, unwritten=unwritten)
     before = {shard.shard_id: shard for shard in decided_shards(known_commits(store))}
     open_specs = [spec for spec in specs if spec.shard_id not in before]
     again = _again(store, specs, before, config, progress)
@@ -211,7 +215,19 @@ def run(config: JobConfig, progress: Progress, metrics: RunMetrics) -> RunSummar
     )
     commits_before = [commit for shard in before.values() for commit in shard.commits]
     if config.run.dry_run:
-        return ledger.summary(EXIT_OK, commits_before, None, None)
+        found = estimate(
+            config,
+            specs,
+            todo,
+            store,
+            stored,
+            commits_before,
+            unwritten,
+            snapshot_every=_SNAPSHOT_EVERY,
+            snapshot_growth=_SNAPSHOT_GROWTH,
+        )
+        progress.lines(lines_of(found))
+        return replace(ledger.summary(EXIT_OK, commits_before, None, None), estimate=asdict(found))
     if not todo:
         if stored is not None:
             _refuse_other_model(store, stored, config)

@@ -222,6 +222,14 @@ class S3Store(ObjectStore):
 
         return self._call("read", key, attempt)
 
+    def region(self) -> str | None:
+        """Where the bucket lies, asked once; None where the store does not say."""
+        try:
+            found = _client().head_bucket(Bucket=self._bucket).get("BucketRegion")
+        except _S3_ERRORS:
+            return None
+        return cast(str, found) if found else None
+
     def delete(self, key: str) -> None:
         self._call("delete", key, lambda c: c.delete_object(**self._at(key)))
 

@@ -24,10 +24,11 @@ import json
 import os
 import tempfile
 from collections import deque
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
+from typing import BinaryIO
 
 from pipeline.config import DecodeLimits, EncodingConfig
 from pipeline.errors import RejectionError, StorageDeniedError, StorageError, StorageNotFoundError, UsageError
@@ -75,6 +76,7 @@ def iterate_videos(
     encoding: EncodingConfig,
     limits: DecodeLimits,
     found: FoundVersions | None = None,
+    open_tar: Callable[[str], BinaryIO] = open_input,
 ) -> Iterator[SourceVideo | ClipFailure]:
     """The videos and images of a shard in their order, each once, and a failure for each that cannot be had.
 
@@ -86,6 +88,7 @@ def iterate_videos(
         encoding: says where the caption is.
         limits: says how large a file may be.
         found: takes down the versions of a slice's files as they are read.
+        open_tar: opens the stream of a tar; who reads only the beginning of tars counts and ends it there.
 
     Raises:
         StorageError: the input could not be read, or changed since it was planned; the shard may be tried again.
@@ -93,7 +96,7 @@ def iterate_videos(
     """
     keys = None if spec.redo is None or spec.redo.keys is None else frozenset(spec.redo.keys)
     if spec.kind == "tar":
-        videos = _tar_videos(spec, encoding.caption_column, limits.max_file_bytes)
+        videos = _tar_videos(spec, encoding.caption_column, limits.max_file_bytes, open_tar)
         return videos if keys is None else _only(videos, keys)
     return _slice_videos(spec, store, encoding.caption_column, limits.max_file_bytes, keys, found or FoundVersions())
 
@@ -135,12 +138,14 @@ class _Sample:
             media.close()
 
 
-def _tar_videos(spec: ShardSpec, caption_column: str, max_file_bytes: int) -> Iterator[SourceVideo | ClipFailure]:
+def _tar_videos(
+    spec: ShardSpec, caption_column: str, max_file_bytes: int, open_tar: Callable[[str], BinaryIO]
+) -> Iterator[SourceVideo | ClipFailure]:
     uri = spec.source_uri
     _refuse_changed(spec)
     sample: _Sample | None = None
     seen: set[str] = set()
-    with closing(open_input(uri)) as file:
+    with closing(open_tar(uri)) as file:
         tar = TarStream(uri, file, spec.source_size_bytes)
         try:
             for member in tar:

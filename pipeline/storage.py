@@ -44,6 +44,7 @@ __all__ = [
     "open_input",
     "open_input_fd",
     "open_store",
+    "region_of",
     "sha256_of_file",
     "stat_input",
     "web_is_allowed",
@@ -102,6 +103,13 @@ def open_store(uri: str) -> ObjectStore:
         )
     bucket, prefix = _split_s3(uri)
     return S3Store(bucket, prefix.strip("/"))
+
+
+def region_of(uri: str) -> str | None:
+    """The region of the bucket of an S3 URI, as its store states it; None of all else, and where it does not."""
+    if not uri.startswith("s3://"):
+        return None
+    return _InputBucket(_split_s3(uri)[0], "").region()
 
 
 def list_inputs(uri: str) -> list[InputFile]:
