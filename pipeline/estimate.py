@@ -16,33 +16,27 @@ import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from pipeline.calibration import Calibration, EncoderFacts
 from pipeline.codec import batch_size
 from pipeline.commit import latest_snapshot, refuse_differences
 from pipeline.config import JobConfig
-from pipeline.format import FORMAT_VERSION, ShardWriter
-from pipeline.look import Look, ShardLook, look_at, weight_of
+from pipeline.look import Look, look_at
 from pipeline.plan import UnwrittenSlices, infer_passthrough
 from pipeline.progress import duration_text, size_text
 from pipeline.records import (
     REASONS,
     Bucket,
-    Clip,
-    ClipFailure,
     Commit,
     DatasetManifest,
-    LatentRecord,
-    ModelFacts,
     ShardSpec,
 )
+from pipeline.scaling import Scale, Sizes, sizes_of
 from pipeline.scratch import Scratch
 from pipeline.storage import ObjectStore, open_store, region_of
 from pipeline.traffic import KINDS, Work, requests_of_plan, requests_of_tars, requests_to_output
@@ -50,20 +44,18 @@ from pipeline.traffic import KINDS, Work, requests_of_plan, requests_of_tars, re
 # Of the time that a dry run may take; the rest is for the encoder.
 _LOOK_SHARE = 0.35
 # An embedded Ray and its first worker, on a machine that is not busy.
-_RAY_START_S = 6.0
+_RAY_START_S = 8.0
 # The shape that tells how long one pixel takes, before larger ones are tried.
 _PROBE = Bucket(width_px=64, height_px=64, num_frames=5)
-# Shards and clips that are written to see what a record weighs beside its latents.
-_MOST_WRITTEN_SHARDS = 8
-_MOST_WRITTEN_CLIPS = 64
 _MOST_MEASURED = 5
 # So much a lost node costs; below it the work at a shard's borders shows, see the README.
 _LONGEST_SHARD_S = 1200.0
 _SHORTEST_SHARD_S = 5.0
 _MANY_SHARDS = 100_000
 _FEW_SHARDS = 100
-# From so much on one side holds the other up.
+# From so much on one side holds the other up, in a run that is long enough for somebody to care.
 _BOUND_RATIO = 1.25
+_SHORT_RUN_S = 60.0
 # Of a bucket that fits nothing nobody should hear before enough has been seen.
 _ENOUGH_VIDEOS = 20
 
@@ -73,7 +65,9 @@ class Estimate:
     """What a dry run says, as it stands in the result line under `estimate`. None: not known.
 
     Attributes:
-        num_shards: to encode in this run; the ones below are of these alone.
+        num_shards: to encode in this run; all numbers of videos, clips, bytes and seconds are of these alone.
+        num_shards_done_before, num_shards_beyond_limit: of the input, those that are decided, and those that --limit
+            leaves to another run.
         is_whole: all videos were seen, so that counts are no estimates.
         num_videos_range, num_clips_range, duration_range_s, price_range: two standard errors to both sides.
         clips: bucket -> clips; without those that the decoder rejects.
@@ -93,7 +87,6 @@ class Estimate:
     """
 
     num_shards: int
-    num_shards_done_before: int
     num_shards_seen: int
     num_videos_seen: int
     num_bytes_seen: int
@@ -130,6 +123,8 @@ class Estimate:
     price_range: tuple[float, float] | None
     advice: Sequence[str] = field(default_factory=tuple)
     notes: Sequence[str] = field(default_factory=tuple)
+    num_shards_done_before: int = 0
+    num_shards_beyond_limit: int = 0
     took_s: float = 0.0
 
 
@@ -138,6 +133,7 @@ class _Crew:
     """The actors of the run, as far as they are known without Ray."""
 
     device_type: str
+    num_wanted: int  # were there shards for all
     num_actors: int
     num_here: int  # of these on this machine at once
     cpus: int
@@ -160,10 +156,12 @@ def _crew_of(config: JobConfig, num_shards: int) -> _Crew:
     cores_here = os.cpu_count() or 1
     gpus_here = torch.cuda.device_count() if gpus and torch.cuda.is_available() else 0
     fitting = int(min(cores_here // cpus, gpus_here / gpus + 1e-6 if gpus else math.inf))
-    num_actors = max(1, min(config.run.num_actors or max(1, fitting), num_shards))
+    num_wanted = config.run.num_actors or max(1, fitting)
+    num_actors = max(1, min(num_wanted, num_shards))
     num_machines = math.ceil(num_actors / max(1, fitting))
     return _Crew(
         device_type=device_type,
+        num_wanted=num_wanted,
         num_actors=num_actors,
         num_here=min(num_actors, max(1, fitting)),
         cpus=cpus,
@@ -218,6 +216,27 @@ def estimate(
         snapshot_every=snapshot_every,
         snapshot_growth=snapshot_growth,
     )
+    decided = {commit.shard_id for commit in commits}
+    found = replace(
+        _see(config, crew, planned, todo, store, stored, unwritten, work, started) if todo else _nothing_to_do(crew),
+        num_shards_done_before=sum(spec.shard_id in decided for spec in planned),
+        num_shards_beyond_limit=sum(spec.shard_id not in decided for spec in planned)
+        - sum(spec.redo is None for spec in todo),
+    )
+    return replace(found, took_s=round(time.monotonic() - started, 1))
+
+
+def _see(
+    config: JobConfig,
+    crew: _Crew,
+    planned: Sequence[ShardSpec],
+    todo: Sequence[ShardSpec],
+    store: ObjectStore,
+    stored: DatasetManifest | None,
+    unwritten: UnwrittenSlices,
+    work: Work,
+    started: float,
+) -> Estimate:
     with Scratch("dry-run") as folder, _Stopwatch(config, crew, started, folder) as stopwatch:
         look = look_at(
             config,
@@ -228,7 +247,7 @@ def estimate(
             seconds=_LOOK_SHARE * config.run.dry_run_seconds,
             other_child=stopwatch.pid,
         )
-        scale = _Scale(todo, look)
+        scale = Scale(todo, look)
         speeds = stopwatch.measure(look, scale)
         sizes = None
         if speeds is not None:
@@ -240,10 +259,48 @@ def estimate(
                 has_slice = planned[0].plan_key in unwritten.kept
                 kept = open_store(str(folder)) if has_slice else store
                 passthrough = infer_passthrough(config.source, config.encoding.caption_column, planned, kept)
-            sizes = _sizes(config, speeds.facts.model, passthrough, scale, folder)
-    num_before = len(planned) - sum(spec.redo is None for spec in todo)
-    found = _summed(config, crew, todo, num_before, look, scale, speeds, sizes, work)
-    return replace(found, took_s=round(time.monotonic() - started, 1))
+            sizes = sizes_of(config, speeds.facts.model, passthrough, scale, folder)
+    return _summed(config, crew, todo, look, scale, speeds, sizes, work)
+
+
+def _nothing_to_do(crew: _Crew) -> Estimate:
+    return Estimate(
+        num_shards=0,
+        num_shards_seen=0,
+        num_videos_seen=0,
+        num_bytes_seen=0,
+        is_whole=True,
+        num_videos=0,
+        num_videos_range=(0, 0),
+        num_videos_rejected=0,
+        num_clips=0,
+        num_clips_range=(0, 0),
+        clips={},
+        num_frames=0,
+        video_hours=0.0,
+        rejections={},
+        num_bytes_out=0,
+        num_files_out=0,
+        requests={},
+        device=crew.device_type,
+        device_name=None,
+        num_actors=0,
+        cpus_per_actor=crew.cpus,
+        gpus_per_actor=crew.gpus,
+        encode_s_per_clip={},
+        measured=(),
+        encode_s=0.0,
+        decode_cpu_s=0.0,
+        start_s=0.0,
+        duration_s=0.0,
+        duration_range_s=None,
+        limited_by=None,
+        num_decode_cores=None,
+        actor_hours=0.0,
+        gpu_hours=0.0,
+        price=None,
+        price_range=None,
+    )
 
 
 def _seeable(todo: Sequence[ShardSpec], unwritten: UnwrittenSlices) -> list[ShardSpec]:
@@ -251,59 +308,6 @@ def _seeable(todo: Sequence[ShardSpec], unwritten: UnwrittenSlices) -> list[Shar
     lost = set(unwritten.keys) - unwritten.kept.keys()
     seeable = [spec for spec in todo if spec.plan_key not in lost]
     return [spec for spec in seeable if spec.redo is None or spec.redo.keys is None] or seeable
-
-
-class _Scale:
-    """From what was seen to all that is to do."""
-
-    def __init__(self, todo: Sequence[ShardSpec], look: Look) -> None:
-        self.shards = look.shards
-        self.num_videos_seen = sum(shard.num_videos for shard in look.shards)
-        self._seen = sum(shard.weight for shard in look.shards)
-        per_video = self._seen / self.num_videos_seen if self.num_videos_seen else 1.0
-        self._all = sum(weight_of(spec, per_video) for spec in todo)
-        self.num_shards = len(todo)
-        self.is_whole = len(look.shards) == len(todo) and all(shard.is_whole for shard in look.shards)
-        self.is_known = bool(self._seen) or not todo
-        self.factor = 1.0 if self.is_whole or not self._seen else self._all / self._seen
-        self.buckets = sorted({bucket for shard in look.shards for bucket in shard.buckets})
-        self.clips = {bucket: self._clips_of(bucket) for bucket in self.buckets}
-        self.num_videos = self.total(lambda shard: shard.num_videos)
-        self.num_clips = self.total(lambda shard: shard.buckets.total())
-        self.num_videos_per_shard = self.num_videos / max(1, self.num_shards)
-
-    def _clips_of(self, bucket: Bucket) -> float:
-        return self.total(lambda shard: shard.buckets[bucket])
-
-    def total(self, count: Callable[[ShardLook], float]) -> float:
-        """Of all that is to do."""
-        return self.factor * sum(count(shard) for shard in self.shards)
-
-    def range_of(self, count: Callable[[ShardLook], float]) -> tuple[float, float] | None:
-        """Two standard errors to both sides of `total`; None where a single shard was seen and is not all.
-
-        Shards are drawn and videos are not, so that the spread is that between shards (Cochran, Sampling Techniques,
-        1977, 6.3, the ratio estimate, with the correction for a finite population).
-        """
-        total = self.total(count)
-        if self.is_whole:
-            return total, total
-        num_seen = len(self.shards)
-        if num_seen < 2:
-            return None
-        ratio = sum(count(shard) for shard in self.shards) / self._seen
-        squares = sum((count(shard) - ratio * shard.weight) ** 2 for shard in self.shards)
-        share_left = max(0.0, 1 - self._seen / self._all)
-        error = math.sqrt(share_left * squares / (num_seen * (num_seen - 1))) * num_seen / self._seen * self._all
-        return max(0.0, total - 2 * error), total + 2 * error
-
-    def shards_with(self, has: Callable[[ShardLook], int]) -> float:
-        """Shards with at least one video of a kind, of which `has` says how many were seen in a shard."""
-        if self.is_whole:
-            return sum(has(shard) > 0 for shard in self.shards)
-        share = min(1.0, sum(has(shard) for shard in self.shards) / max(1, self.num_videos_seen))
-        none = math.pow(1 - share, self.num_videos_per_shard)
-        return self.num_shards * (1 - none)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -318,30 +322,32 @@ class _Speeds:
 class _Stopwatch:
     """The encoder's process, from its start beside the look to the last bucket that there is time for.
 
-    Where the run would use GPUs and this machine has none there is nothing to measure.
+    Where the run would use GPUs and this machine has none, it loads the model and measures nothing.
     """
 
     def __init__(self, config: JobConfig, crew: _Crew, started: float, folder: Path) -> None:
         self._deadline = started + config.run.dry_run_seconds
         self._folder = folder
-        can_measure = crew.device_type == "cpu" or torch.cuda.is_available()
-        self._calibration = Calibration(config.encoding, crew.device_type, crew.num_here) if can_measure else None
+        self._can_measure = crew.device_type == "cpu" or torch.cuda.is_available()
+        device_type = crew.device_type if self._can_measure else "cpu"
+        self._calibration = Calibration(config.encoding, device_type, crew.num_here)
 
     @property
     def pid(self) -> int:
-        return 0 if self._calibration is None else self._calibration.pid
+        """Of the encoder's process."""
+        return self._calibration.pid
 
-    def measure(self, look: Look, scale: _Scale) -> _Speeds | None:
-        """None where the encoder was not ready in time, or cannot be here.
+    def measure(self, look: Look, scale: Scale) -> _Speeds | None:
+        """None where the encoder was not ready in time; no seconds where it cannot be measured here.
 
         Raises:
             UsageError: the model cannot be loaded.
         """
-        if self._calibration is None:
-            return None
         facts = self._calibration.facts(self._deadline)
         if facts is None:
             return None
+        if not self._can_measure:
+            return _Speeds(facts=facts, s_per_clip={}, measured=())
         costly_first = sorted(scale.clips, key=lambda bucket: -scale.clips[bucket] * bucket.num_bytes)
         tries = [look.frames[bucket] for bucket in costly_first[:_MOST_MEASURED] if bucket in look.frames]
         if tries and tries[0][0].nbytes > _PROBE.num_bytes:
@@ -360,11 +366,9 @@ class _Stopwatch:
             if seconds is None:
                 break
             found[shape] = seconds
-        if scale.clips and not found:
-            return None
         return _Speeds(
             facts=facts,
-            s_per_clip={bucket: _scaled(found, bucket) for bucket in scale.clips},
+            s_per_clip={bucket: _scaled(found, bucket) for bucket in scale.clips} if found else {},
             measured=sorted(found),
         )
 
@@ -372,123 +376,13 @@ class _Stopwatch:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._calibration is not None:
-            self._calibration.close()
+        self._calibration.close()
 
 
 def _scaled(measured: Mapping[Bucket, float], bucket: Bucket) -> float:
     """Seconds of a bucket: as measured, else of the nearest that was, by pixels."""
     nearest = min(measured, key=lambda other: abs(math.log(other.num_bytes / bucket.num_bytes)))
     return measured[nearest] * bucket.num_bytes / nearest.num_bytes
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Sizes:
-    """What the data files of the output weigh, and how many there are."""
-
-    num_bytes: float
-    num_files: float
-
-
-def _sizes(config: JobConfig, model: ModelFacts, passthrough: Mapping[str, str], scale: _Scale, folder: Path) -> _Sizes:
-    """Weighs real files of the clips and rejections that were seen. Latents are stored as they are, so zeros serve."""
-    manifest = DatasetManifest(
-        format_version=FORMAT_VERSION,
-        fingerprint="0" * 64,
-        fingerprint_fields={},
-        model=model,
-        kind="mean" if config.encoding.store == "mean" else "moments",
-        latent_dtype="float16" if config.encoding.store_dtype == "float16" else "float32",
-        passthrough=passthrough,
-    )
-    latent_bytes = {bucket: _zeros(bucket, manifest).nbytes for bucket in scale.buckets}
-    clips = [shard.clips[:_MOST_WRITTEN_CLIPS] for shard in scale.shards if shard.clips][:_MOST_WRITTEN_SHARDS]
-    failures = [shard.failures[:_MOST_WRITTEN_CLIPS] for shard in scale.shards if shard.failures]
-    num_bytes = num_files = 0.0
-    if clips:
-        # One row alone shows what a file weighs that has next to none.
-        samples = [clips[0][:1], *clips]
-        written = [_written(folder, manifest, config.encoding.format, rows, []) for rows in samples]
-        num_shards = scale.shards_with(lambda shard: shard.num_videos - shard.num_videos_rejected)
-        for content in written[0]:
-            beside = [
-                (len(rows), sizes[content] - sum(latent_bytes[clip.bucket] for clip in rows))
-                for rows, sizes in zip(samples, written, strict=True)
-            ]
-            num_bytes += sum(number * latent_bytes[bucket] for bucket, number in scale.clips.items())
-            num_bytes += _weight(beside, num_shards, scale.num_clips)
-            num_files += num_shards
-    if failures:
-        rejected = [failures[0][:1], *failures[:_MOST_WRITTEN_SHARDS]]
-        weighed = [_written(folder, manifest, config.encoding.format, [], rows)["rejected"] for rows in rejected]
-        num_shards = scale.shards_with(lambda shard: shard.num_videos_rejected)
-        num_rows = scale.total(lambda shard: len(shard.failures))
-        num_bytes += _weight(list(zip(map(len, rejected), weighed, strict=True)), num_shards, num_rows)
-        num_files += num_shards
-    return _Sizes(num_bytes=num_bytes, num_files=num_files)
-
-
-def _weight(samples: Sequence[tuple[int, int]], num_files: float, num_rows: float) -> float:
-    """Bytes of files with so many rows in all; a file weighs something and each row of it.
-
-    Args:
-        samples: rows and bytes of some files, the first of them with one row.
-    """
-    of_one = samples[0][1]
-    rest = samples[1:]
-    further_rows = sum(rows for rows, _ in rest) - len(rest)
-    per_row = max(0.0, (sum(size for _, size in rest) - len(rest) * of_one) / further_rows) if further_rows else 0.0
-    return num_files * of_one + max(0.0, num_rows - num_files) * per_row
-
-
-def _zeros(bucket: Bucket, manifest: DatasetManifest) -> npt.NDArray[np.floating]:
-    model = manifest.model
-    shape = (
-        model.latent_channels,
-        1 + (bucket.num_frames - 1) // model.temporal_compression,
-        bucket.height_px // model.spatial_compression,
-        bucket.width_px // model.spatial_compression,
-    )
-    shape = (shape[0] * (2 if manifest.kind == "moments" else 1), *shape[1:])
-    # A single zero that looks like all of them.
-    return np.broadcast_to(np.zeros((), dtype=manifest.latent_dtype), shape)
-
-
-def _written(
-    folder: Path, manifest: DatasetManifest, output_format: str, clips: Sequence[Clip], failures: Sequence[ClipFailure]
-) -> dict[str, int]:
-    """Bytes of the files of a shard, by content."""
-    with ShardWriter(folder, "shard", manifest, output_format) as writer:
-        for clip in clips:
-            writer.write(_record(clip, manifest))
-        for failure in failures:
-            writer.reject(failure)
-        files = writer.finish()
-    sizes: dict[str, int] = {file.content: file.path.stat().st_size for file in files}
-    for file in files:
-        file.path.unlink()
-    return sizes
-
-
-def _record(clip: Clip, manifest: DatasetManifest) -> LatentRecord:
-    latent = _zeros(clip.bucket, manifest)
-    half = len(latent) // 2
-    has_logvar = manifest.kind == "moments"
-    return LatentRecord(
-        key=clip.key,
-        clip_index=clip.clip_index,
-        mean=latent[:half] if has_logvar else latent,
-        logvar=latent[half:] if has_logvar else None,
-        bucket=clip.bucket,
-        caption=clip.caption,
-        fields=clip.fields,
-        fps=clip.fps,
-        start_s=clip.start_s,
-        end_s=clip.end_s,
-        crop=clip.crop,
-        facts=clip.facts,
-        source_uri=clip.source_uri,
-    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -509,7 +403,7 @@ class _Times:
         return self.start_s + self.busy_s[self.limited_by]
 
 
-def _times(config: JobConfig, crew: _Crew, look: Look, scale: _Scale, speeds: _Speeds) -> _Times:
+def _times(config: JobConfig, crew: _Crew, look: Look, scale: Scale, speeds: _Speeds) -> _Times:
     encode_s = 0.0
     for bucket, number in scale.clips.items():
         size = batch_size(bucket, config.encoding.batch_frames, crew.device_type)
@@ -530,7 +424,7 @@ def _times(config: JobConfig, crew: _Crew, look: Look, scale: _Scale, speeds: _S
 
 
 def _requests(
-    work: Work, todo: Sequence[ShardSpec], look: Look, scale: _Scale, num_files: float
+    work: Work, todo: Sequence[ShardSpec], look: Look, scale: Scale, num_files: float
 ) -> dict[str, dict[str, int]]:
     found = {"output": requests_to_output(replace(work, num_files=num_files))}
     sent: Counter[str] = Counter()
@@ -552,14 +446,15 @@ def _summed(
     config: JobConfig,
     crew: _Crew,
     todo: Sequence[ShardSpec],
-    num_done_before: int,
     look: Look,
-    scale: _Scale,
+    scale: Scale,
     speeds: _Speeds | None,
-    sizes: _Sizes | None,
+    sizes: Sizes | None,
     work: Work,
 ) -> Estimate:
-    times = _times(config, crew, look, scale, speeds) if speeds is not None and scale.is_known else None
+    times = None
+    if speeds is not None and scale.is_known and speeds.s_per_clip.keys() == scale.clips.keys():
+        times = _times(config, crew, look, scale, speeds)
     clips_range = scale.range_of(lambda shard: shard.buckets.total())
     duration_range_s = price = price_range = actor_hours = gpu_hours = num_decode_cores = None
     if times is not None:
@@ -578,7 +473,6 @@ def _summed(
             num_decode_cores = times.decode_cpu_s / times.encode_s * crew.encoders / crew.num_actors
     found = Estimate(
         num_shards=scale.num_shards,
-        num_shards_done_before=num_done_before,
         num_shards_seen=len(look.shards),
         num_videos_seen=scale.num_videos_seen,
         num_bytes_seen=look.num_bytes,
@@ -596,7 +490,7 @@ def _summed(
         num_files_out=None if sizes is None else round(sizes.num_files),
         requests=_requests(work, todo, look, scale, 0.0 if sizes is None else sizes.num_files) if todo else {},
         device=crew.device_type,
-        device_name=None if speeds is None else speeds.facts.device_name,
+        device_name=None if times is None or speeds is None else speeds.facts.device_name,
         num_actors=crew.num_actors,
         cpus_per_actor=crew.cpus,
         gpus_per_actor=crew.gpus,
@@ -615,10 +509,10 @@ def _summed(
         price_range=price_range,
     )
     advice = _advice(config, crew, todo, look, scale, speeds, times, found)
-    return replace(found, advice=tuple(advice), notes=tuple(_notes(config, crew, look, scale, speeds, found)))
+    return replace(found, advice=tuple(advice), notes=tuple(_notes(config, crew, look, scale, found)))
 
 
-def _whole(scale: _Scale, number: float) -> int | None:
+def _whole(scale: Scale, number: float) -> int | None:
     return round(number) if scale.is_known else None
 
 
@@ -626,7 +520,7 @@ def _whole_range(limits: tuple[float, float] | None) -> tuple[int, int] | None:
     return None if limits is None else (math.floor(limits[0]), math.ceil(limits[1]))
 
 
-def _rejections(look: Look, scale: _Scale) -> dict[str, Mapping[str, object]]:
+def _rejections(look: Look, scale: Scale) -> dict[str, Mapping[str, object]]:
     counts: Counter[str] = Counter()
     for shard in look.shards:
         counts.update(shard.reasons)
@@ -649,7 +543,7 @@ def _advice(
     crew: _Crew,
     todo: Sequence[ShardSpec],
     look: Look,
-    scale: _Scale,
+    scale: Scale,
     speeds: _Speeds | None,
     times: _Times | None,
     found: Estimate,
@@ -657,10 +551,11 @@ def _advice(
     if not todo:
         return
     if times is not None:
-        yield from _advice_on_speed(crew, times, found)
+        if times.duration_s - times.start_s > _SHORT_RUN_S:
+            yield from _advice_on_speed(crew, times, found.num_decode_cores)
         yield from _advice_on_shards(crew, todo, scale, times)
     yield from _advice_on_buckets(config, look, scale)
-    yield from _advice_on_regions(config, todo, look)
+    yield from _advice_on_regions(config, todo, look.source_uris)
     if scale.num_videos and found.num_videos_rejected is not None:
         share = found.num_videos_rejected / scale.num_videos
         if share > config.run.max_rejected_share:
@@ -681,9 +576,8 @@ def _advice(
             yield f"the output needs {size_text(found.num_bytes_out)} and {folder} has {size_text(free)} free"
 
 
-def _advice_on_speed(crew: _Crew, times: _Times, found: Estimate) -> Iterator[str]:
+def _advice_on_speed(crew: _Crew, times: _Times, cores: float | None) -> Iterator[str]:
     encoding_s, decoding_s = times.busy_s["encoding"], max(times.busy_s["decoding"], times.busy_s["cores"])
-    cores = found.num_decode_cores
     if crew.device_type == "cpu":
         encode_cpu_s = times.encode_s * crew.cpus
         if times.decode_cpu_s > _BOUND_RATIO * encode_cpu_s:
@@ -701,9 +595,10 @@ def _advice_on_speed(crew: _Crew, times: _Times, found: Estimate) -> Iterator[st
         )
 
 
-def _advice_on_shards(crew: _Crew, todo: Sequence[ShardSpec], scale: _Scale, times: _Times) -> Iterator[str]:
+def _advice_on_shards(crew: _Crew, todo: Sequence[ShardSpec], scale: Scale, times: _Times) -> Iterator[str]:
     # What one actor spends on a shard.
-    shard_s = (times.duration_s - times.start_s) * crew.num_actors / scale.num_shards
+    busy_s = times.duration_s - times.start_s
+    shard_s = busy_s * crew.num_actors / scale.num_shards
     is_slice = todo[0].kind == "slice"
     videos_per_s = scale.num_videos_per_shard / shard_s if shard_s else 0.0
 
@@ -712,7 +607,12 @@ def _advice_on_shards(crew: _Crew, todo: Sequence[ShardSpec], scale: _Scale, tim
         flag = f"--samples-per-shard {wanted} (slices that are planned stay as they are)"
         return flag if is_slice else f"pack the tars anew with about {wanted:,} samples each"
 
-    if shard_s > _LONGEST_SHARD_S:
+    if scale.num_shards < crew.num_wanted and busy_s > _SHORT_RUN_S:
+        yield (
+            f"there are {scale.num_shards:,} shards for {crew.num_wanted:,} encoders, so that "
+            f"{crew.num_wanted - scale.num_shards:,} have nothing to do: {remedy(busy_s / crew.num_wanted / 4)}"
+        )
+    elif shard_s > _LONGEST_SHARD_S:
         yield (
             f"a shard takes an actor {duration_text(shard_s)}, and that much is lost with each machine that goes: "
             f"{remedy(_LONGEST_SHARD_S / 4)}"
@@ -726,11 +626,17 @@ def _advice_on_shards(crew: _Crew, todo: Sequence[ShardSpec], scale: _Scale, tim
         yield f"{scale.num_shards:,} shards are more than one driver holds well ({_MANY_SHARDS:,}): make them larger"
 
 
-def _advice_on_buckets(config: JobConfig, look: Look, scale: _Scale) -> Iterator[str]:
+def _advice_on_buckets(config: JobConfig, look: Look, scale: Scale) -> Iterator[str]:
     if not scale.is_whole and scale.num_videos_seen < _ENOUGH_VIDEOS:
         return
+    shapes = {(bucket.width_px, bucket.height_px) for bucket in config.encoding.buckets if bucket.num_frames > 1}
     empty = [
-        bucket for bucket in config.encoding.buckets if bucket not in scale.buckets and bucket.media_kind in look.kinds
+        bucket
+        for bucket in config.encoding.buckets
+        if bucket not in scale.buckets
+        and bucket.media_kind in look.kinds
+        # Those for images come by themselves where none is named.
+        and (bucket.num_frames > 1 or (bucket.width_px, bucket.height_px) not in shapes)
     ]
     if empty:
         how_many = "all" if scale.is_whole else "those seen"
@@ -740,8 +646,8 @@ def _advice_on_buckets(config: JobConfig, look: Look, scale: _Scale) -> Iterator
         )
 
 
-def _advice_on_regions(config: JobConfig, todo: Sequence[ShardSpec], look: Look) -> Iterator[str]:
-    uris = look.source_uris if todo[0].kind == "slice" else [spec.source_uri for spec in todo[:1]]
+def _advice_on_regions(config: JobConfig, todo: Sequence[ShardSpec], seen_uris: Sequence[str]) -> Iterator[str]:
+    uris = seen_uris if todo[0].kind == "slice" else [spec.source_uri for spec in todo[:1]]
     buckets = {"/".join(uri.split("/")[:3]): None for uri in uris if uri.startswith("s3://")}
     there = region_of(config.run.output)
     for bucket in buckets if there is not None else ():
@@ -753,9 +659,7 @@ def _advice_on_regions(config: JobConfig, todo: Sequence[ShardSpec], look: Look)
             )
 
 
-def _notes(
-    config: JobConfig, crew: _Crew, look: Look, scale: _Scale, speeds: _Speeds | None, found: Estimate
-) -> Iterator[str]:
+def _notes(config: JobConfig, crew: _Crew, look: Look, scale: Scale, found: Estimate) -> Iterator[str]:
     seconds = f"--dry-run-seconds {config.run.dry_run_seconds:g}"
     if scale.num_shards and not scale.num_videos_seen:
         yield f"no video could be looked at within {seconds}: give more"
@@ -763,14 +667,13 @@ def _notes(
         yield f"the time was up before all that was drawn had been seen; a larger {seconds} makes it more certain"
     if look.num_passed_over:
         yield f"{look.num_passed_over} large files were passed over, and are taken to be like the others"
-    if speeds is None and scale.num_shards:
-        if crew.device_type == "cuda" and not torch.cuda.is_available():
-            yield "the encoder runs on GPUs and this machine has none, so time and size are not known: run this on one"
-        else:
-            yield f"the encoder was not ready or not done within {seconds}, so time is not known: give more"
-    elif speeds is not None and not set(scale.buckets) <= set(speeds.measured):
-        scaled = ", ".join(str(bucket) for bucket in scale.buckets if bucket not in speeds.measured)
-        yield f"there was no time to encode {scaled}: scaled by pixels from {', '.join(map(str, speeds.measured))}"
+    if found.duration_s is None and crew.device_type == "cuda" and not torch.cuda.is_available():
+        yield "the encoders run on GPUs and this machine has none, so time is not known: run this on one that has"
+    elif found.duration_s is None:
+        yield f"the encoder was not ready or not done within {seconds}, so time is not known: give more"
+    elif not found.clips.keys() <= set(found.measured):
+        scaled = ", ".join(bucket for bucket in found.clips if bucket not in found.measured)
+        yield f"there was no time to encode {scaled}: scaled by pixels from {', '.join(found.measured)}"
     if config.run.num_actors is not None and crew.num_actors > crew.num_here:
         yield f"{crew.num_actors} actors are more than fit here; the others are taken to be on machines like this one"
     if config.column_sets:

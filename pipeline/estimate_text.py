@@ -18,8 +18,9 @@ def lines_of(found: Estimate) -> list[str]:
         rows.append(("to do", f"nothing: all {found.num_shards_done_before:,} shards are decided"))
         return _aligned(rows)
     about = "" if found.is_whole else "about "
-    before = f", beside {found.num_shards_done_before:,} decided before" if found.num_shards_done_before else ""
-    rows.append(("to do", f"{found.num_shards:,} shards{before}"))
+    before = f"; {found.num_shards_done_before:,} are decided and not counted" if found.num_shards_done_before else ""
+    later = f"; {found.num_shards_beyond_limit:,} are left by --limit" if found.num_shards_beyond_limit else ""
+    rows.append(("to do", f"{found.num_shards:,} shards{before}{later}"))
     of_all = "all there are" if found.is_whole else f"of about {found.num_videos or 0:,}"
     rows.append(
         (
@@ -51,7 +52,8 @@ def lines_of(found: Estimate) -> list[str]:
         sent = ", ".join(f"{number:,} {kind}" for kind, number in found.requests[place].items() if number)
         rows.append(("requests", f"to the {place}: {sent}"))
     gpus = f" and {found.gpus_per_actor:g} GPUs" if found.gpus_per_actor else ""
-    crew = f"{found.num_actors} actors of {found.cpus_per_actor} CPUs{gpus}"
+    cores = "CPU" if found.cpus_per_actor == 1 else "CPUs"
+    crew = f"{found.num_actors} actors of {found.cpus_per_actor} {cores}{gpus}"
     if found.duration_s is None or found.start_s is None:
         rows.append(("time", f"not known, for {crew}"))
     else:

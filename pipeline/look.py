@@ -265,7 +265,7 @@ class _Looker:
             if shard.is_whole:
                 shard.weight = weight_of(shard.spec)
         return Look(
-            shards=[shard for shard in self._shards if shard.num_videos],
+            shards=[shard for shard in self._shards if shard.num_videos or shard.is_whole],
             cpu_s=cpu_s,
             start_s=start_s,
             num_bytes=self.num_bytes,
@@ -324,7 +324,8 @@ class _Looker:
         keys = [entry.key for entry in entries] if asked is None else list(asked)
         is_part = len(keys) > self._most_of_a_shard
         if is_part:
-            keys = sorted(random.Random(0).sample(keys, self._most_of_a_shard))
+            # Seeded by the shard: the same places of every slice would see one half of what comes in turns.
+            keys = sorted(random.Random(spec.shard_id).sample(keys, self._most_of_a_shard))
             redo = Redo(shard_id=spec.base_id, generation=1, replaces=None, keys=tuple(keys))
             spec = replace(spec, redo=redo)
         by_uri = {entry.uri: entry for entry in entries}
