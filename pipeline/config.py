@@ -404,8 +404,9 @@ class RunConfig:
         is_switch=True,
     )
     dry_run_seconds: float = option(
-        "seconds that --dry-run may spend on looking at videos and measuring the encoder, beside listing the input",
-        number("dry-run-seconds", 2, 3600),
+        "seconds that --dry-run may spend on looking at videos and measuring the encoder, beside listing the input; 0: "
+        "say which shards there are and nothing else",
+        number("dry-run-seconds", 0, 3600),
         20.0,
     )
     gpu_hour_price: float | None = option(

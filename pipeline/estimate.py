@@ -72,7 +72,7 @@ class Estimate:
         num_videos_range, num_clips_range, duration_range_s, price_range: two standard errors to both sides.
         clips: bucket -> clips; without those that the decoder rejects.
         video_hours: duration of the videos that give clips.
-        rejections: reason -> `num` (of videos and clips), `share` of the videos, `meaning`, `example`.
+        rejections: reason -> `num` (of videos and clips), `num_seen` of them, `meaning`, `example`.
         num_bytes_out: data files of the output, embeddings not among them.
         requests: "input" and "output" -> kind (`traffic.KINDS`) -> number; an input that is no object store has none.
         encode_s_per_clip: bucket -> seconds of one actor.
@@ -660,17 +660,17 @@ def _advice_on_regions(config: JobConfig, todo: Sequence[ShardSpec], seen_uris: 
 
 
 def _notes(config: JobConfig, crew: _Crew, look: Look, scale: Scale, found: Estimate) -> Iterator[str]:
-    seconds = f"--dry-run-seconds {config.run.dry_run_seconds:g}"
+    more = f"give more --dry-run-seconds than {config.run.dry_run_seconds:g}"
     if scale.num_shards and not scale.num_videos_seen:
-        yield f"no video could be looked at within {seconds}: give more"
+        yield f"no video could be looked at in that time: {more}"
     elif look.ran_out:
-        yield f"the time was up before all that was drawn had been seen; a larger {seconds} makes it more certain"
+        yield f"the time was up before all that was drawn had been seen; to be more certain, {more}"
     if look.num_passed_over:
         yield f"{look.num_passed_over} large files were passed over, and are taken to be like the others"
     if found.duration_s is None and crew.device_type == "cuda" and not torch.cuda.is_available():
         yield "the encoders run on GPUs and this machine has none, so time is not known: run this on one that has"
     elif found.duration_s is None:
-        yield f"the encoder was not ready or not done within {seconds}, so time is not known: give more"
+        yield f"the encoder was not ready or not done in that time, so the run's is not known: {more}"
     elif not found.clips.keys() <= set(found.measured):
         scaled = ", ".join(bucket for bucket in found.clips if bucket not in found.measured)
         yield f"there was no time to encode {scaled}: scaled by pixels from {', '.join(found.measured)}"

@@ -143,6 +143,8 @@ def look_at(
 
 def _drawn(specs: Sequence[ShardSpec]) -> list[ShardSpec]:
     """One shard from each of as many equal parts of the plan, in an order of which every beginning is spread out."""
+    if not specs:
+        return []
     chance = random.Random(0)
     num_drawn = min(len(specs), _MOST_SHARDS)
     edges = [len(specs) * number // num_drawn for number in range(num_drawn + 1)]
@@ -305,7 +307,7 @@ class _Looker:
             else:
                 # The header of the next sample has been read as well.
                 num_bytes = taps[0].num_bytes - _TAR_HEADER_BYTES - num_bytes_passed_over
-                yield self._begin(shard, video, 1.0 if shard.spec.source_size_bytes is None else max(1.0, num_bytes))
+                yield self._begin(shard, video, _weight_of_part(shard.spec, place + 1, num_bytes))
             before = taps[0].num_bytes
             if place + 1 == self._most_of_a_shard or self.has_enough():
                 videos.close()  # type: ignore[attr-defined] # it is a generator
@@ -418,6 +420,13 @@ class _Looker:
         spans = clip_spans(num_instants, num_frames, encoding.clip_stride, encoding.clips_per_video)
         head.shard.buckets[head.last.bucket] += max(0, len(spans) - head.num_clips)
         self._end(head)
+
+
+def _weight_of_part(spec: ShardSpec, num_videos: int, num_bytes: int) -> float:
+    """Of the beginning of a tar, in the unit of `weight_of`."""
+    if spec.redo is not None and spec.redo.keys is not None:
+        return float(num_videos)
+    return 1.0 if spec.source_size_bytes is None else max(1.0, float(num_bytes))
 
 
 def _cpu_s_of_children(besides: int) -> float:

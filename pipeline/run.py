@@ -214,6 +214,8 @@ def run(config: JobConfig, progress: Progress, metrics: RunMetrics) -> RunSummar
         + (f", of these {len(again.specs)} once more" if again.specs else ""),
     )
     commits_before = [commit for shard in before.values() for commit in shard.commits]
+    if config.run.dry_run and not config.run.dry_run_seconds:
+        return ledger.summary(EXIT_OK, commits_before, None, None)
     if config.run.dry_run:
         found = estimate(
             config,

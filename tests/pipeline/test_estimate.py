@@ -34,7 +34,7 @@ from pipeline.look import Look, ShardLook, look_at
 from pipeline.metrics import RunMetrics
 from pipeline.plan import UnwrittenSlices, plan_shards
 from pipeline.progress import Progress
-from pipeline.records import Bucket, ShardSpec
+from pipeline.records import Bucket, Redo, ShardSpec
 from pipeline.run import run
 from pipeline.scaling import Scale
 from pipeline.storage import open_store
@@ -243,10 +243,30 @@ def test_a_tar_is_read_no_further_than_is_looked_at(tmp_path: Path) -> None:
 
 
 def test_a_look_whose_time_is_up_ends_and_says_so(tmp_path: Path) -> None:
-    pack_clips(tmp_path / "in", 2)
-    look, scale = _look(_config(tmp_path / "in", "--buckets", "256x256x9"), tmp_path / "looked", seconds=0.01)
+    # What is in work when time is up has as long again; these need longer, and are killed.
+    media = CLIP_VIDEOS * 6
+    pack_clips(tmp_path / "in", 2, media)
+    look, scale = _look(_config(tmp_path / "in", "--buckets", "256x256x9"), tmp_path / "looked", seconds=0.1)
     assert look.ran_out
-    assert scale.num_videos_seen < len(CLIP_VIDEOS)
+    assert scale.num_videos_seen < len(media)
+    assert not scale.is_whole
+
+
+def test_a_retry_is_scaled_by_its_videos(tmp_path: Path) -> None:
+    source = tmp_path / "in"
+    source.mkdir()
+    members = [m for n in range(20) for m in clip_members(CLIP_STILLS[0], f"{n:09d}")]
+    (source / "00000.tar").write_bytes(tar_bytes(members))
+    config = _config(source)
+    store = open_store(config.run.output)
+    (spec,) = plan_shards(config.source, store, write=False)
+    retry = replace(spec, redo=Redo(shard_id=spec.shard_id, generation=1, replaces=None, keys=(f"{3:09d}", f"{9:09d}")))
+    look = look_at(config, [retry], store, {}, tmp_path, 60, other_child=0)
+    other = replace(retry, shard_id="other", redo=replace(retry.redo, keys=tuple(map(str, range(6)))))
+    assert Scale([retry, other], look).num_videos == 8
+    # Beside a tar that is encoded for the first time a retried video weighs as much as one of that.
+    first = look_at(config, [spec], store, {}, tmp_path, 60, other_child=0)
+    assert Scale([spec, retry], first).num_videos == pytest.approx(22)
 
 
 # --- advice ---------------------------------------------------------------------------------------------------------

@@ -492,7 +492,7 @@ def test_a_run_tells_what_changed_and_what_it_is_about_to_do_once_more(
 ) -> None:
     def dry_run(*more: str) -> RunSummary:
         flags = ["--input", str(job.folder / "in"), "--output", job.store.root_uri, "--model", "small", "--format"]
-        flags += ["both", "--buckets", "64x64x1", "--dry-run", *more]
+        flags += ["both", "--buckets", "64x64x1", "--dry-run", "--dry-run-seconds", "0", *more]
         with Progress("plain") as progress:
             return run(parse_arguments(flags), progress, RunMetrics())
 

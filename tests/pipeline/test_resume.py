@@ -59,7 +59,8 @@ OTHER_VALUES = {
 def flags(tmp_path: Path) -> list[str]:
     (tmp_path / "in").mkdir(exist_ok=True)
     shutil.copyfile(CLIP_STILLS[0], tmp_path / "in" / "a.jpg")
-    return ["--input", str(tmp_path / "in"), "--output", str(tmp_path / "out"), "--model", "small", "--dry-run"]
+    job = ["--input", str(tmp_path / "in"), "--output", str(tmp_path / "out"), "--model", "small"]
+    return [*job, "--dry-run", "--dry-run-seconds", "0"]
 
 
 def made_on(device_type: str, tmp_path: Path) -> list[str]:
