@@ -16,7 +16,7 @@ import random
 import resource
 import threading
 import time
-from collections import Counter, defaultdict, deque
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -212,7 +212,7 @@ class _Looker:
         self._begun: deque[_Begun] = deque()
         self._num_begun = 0
         self._shards: list[ShardLook] = []
-        self._frames: dict[Bucket, list[npt.NDArray[np.uint8]]] = defaultdict(list)
+        self._frames: dict[Bucket, list[npt.NDArray[np.uint8]]] = {}
         self._examples: dict[str, str] = {}
         self._kinds: set[MediaKind] = set()
         self._requests: Counter[str] = Counter()
@@ -302,7 +302,7 @@ class _Looker:
         videos = iterate_videos(shard.spec, self._store, self._config.encoding, limits, open_tar=open_tar)
         num_bytes_passed_over = before = 0
         for place, video in enumerate(videos):
-            if self._is_passed_over(video):
+            if self._is_passed_over(video, limits):
                 num_bytes_passed_over += taps[0].num_bytes - before
             else:
                 # The header of the next sample has been read as well.
@@ -332,10 +332,11 @@ class _Looker:
             spec = replace(spec, redo=redo)
         by_uri = {entry.uri: entry for entry in entries}
         is_here = all("://" not in entry.uri for entry in entries)
-        videos = iterate_videos(spec, store, self._config.encoding, self._limits(is_here))
+        limits = self._limits(is_here)
+        videos = iterate_videos(spec, store, self._config.encoding, limits)
         num_begun = 0
         for video in videos:
-            if self._is_passed_over(video):
+            if self._is_passed_over(video, limits):
                 is_part = True
                 continue
             if isinstance(video, SourceVideo):
@@ -359,10 +360,10 @@ class _Looker:
             self._requests["head"] += 1
             self._requests["get"] += reads_of_file(video.num_bytes)
 
-    def _is_passed_over(self, video: SourceVideo | ClipFailure) -> bool:
-        """Whether a file is too large for this look alone, and not for the job."""
+    def _is_passed_over(self, video: SourceVideo | ClipFailure, limits: DecodeLimits) -> bool:
+        """Whether a file is too large for this look, and perhaps not for the job."""
         is_too_large = isinstance(video, ClipFailure) and video.reason == "too_large"
-        is_lowered = self._config.decode.max_file_bytes > _LARGEST_FILE_BYTES
+        is_lowered = limits.max_file_bytes < self._config.decode.max_file_bytes
         self._num_passed_over += is_too_large and is_lowered
         return is_too_large and is_lowered
 
@@ -394,9 +395,11 @@ class _Looker:
             self._end(self._begun.popleft())
 
     def _keep_frames(self, clip: Clip) -> None:
-        num_bytes = sum(frames.nbytes for kept in self._frames.values() for frames in kept)
-        if len(self._frames[clip.bucket]) < _KEPT_CLIPS and num_bytes + clip.frames.nbytes <= _KEPT_BYTES:
-            self._frames[clip.bucket].append(clip.frames)
+        kept = self._frames.get(clip.bucket, [])
+        num_bytes = sum(frames.nbytes for of_bucket in self._frames.values() for frames in of_bucket)
+        # One is kept whatever its size: without any the encoder could not be measured.
+        if not num_bytes or (len(kept) < _KEPT_CLIPS and num_bytes + clip.frames.nbytes <= _KEPT_BYTES):
+            self._frames[clip.bucket] = [*kept, clip.frames]
 
     def _end(self, begun: _Begun) -> None:
         shard = begun.shard

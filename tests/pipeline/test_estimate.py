@@ -252,6 +252,17 @@ def test_a_look_whose_time_is_up_ends_and_says_so(tmp_path: Path) -> None:
     assert not scale.is_whole
 
 
+def test_a_file_that_is_too_large_for_the_job_is_a_rejection_of_the_estimate_too(tmp_path: Path) -> None:
+    source = tmp_path / "in"
+    source.mkdir()
+    for number, still in enumerate(CLIP_STILLS):
+        (source / f"{number}.jpg").write_bytes(still.read_bytes())
+    limit = min(still.stat().st_size for still in CLIP_STILLS)
+    look, scale = _look(_config(source, "--max-file-bytes", str(limit)), tmp_path / "looked")
+    assert (look.num_passed_over, scale.num_videos) == (0, 2)
+    assert scale.total(lambda shard: shard.reasons["too_large"]) == 1
+
+
 def test_a_retry_is_scaled_by_its_videos(tmp_path: Path) -> None:
     source = tmp_path / "in"
     source.mkdir()
