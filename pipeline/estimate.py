@@ -17,6 +17,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -48,6 +49,7 @@ _RAY_START_S = 8.0
 # The shape that tells how long one pixel takes, before larger ones are tried.
 _PROBE = Bucket(width_px=64, height_px=64, num_frames=5)
 _MOST_MEASURED = 5
+_CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")
 # So much a lost node costs; below it the work at a shard's borders shows, see the README.
 _LONGEST_SHARD_S = 1200.0
 _SHORTEST_SHARD_S = 5.0
@@ -147,13 +149,23 @@ class _Crew:
         return self.num_actors * (min(1.0, self.gpus) if self.gpus else 1.0)
 
 
+def _cores_here() -> int:
+    """Cores of this machine, or of the container as cgroup v2 limits it, as Ray counts them."""
+    cores = os.cpu_count() or 1
+    with suppress(OSError, ValueError):
+        quota, period = _CPU_LIMIT.read_text(encoding="ascii").split()
+        if quota != "max":
+            cores = min(cores, max(1, int(quota) // int(period)))
+    return cores
+
+
 def _crew_of(config: JobConfig, num_shards: int) -> _Crew:
     gpus = config.run.gpus_per_actor
     if gpus is None:
         gpus = float(torch.cuda.is_available())
     device_type = "cuda" if gpus else "cpu"
     cpus = config.encoding.cpus_on(device_type)
-    cores_here = os.cpu_count() or 1
+    cores_here = _cores_here()
     gpus_here = torch.cuda.device_count() if gpus and torch.cuda.is_available() else 0
     fitting = int(min(cores_here // cpus, gpus_here / gpus + 1e-6 if gpus else math.inf))
     num_wanted = config.run.num_actors or max(1, fitting)

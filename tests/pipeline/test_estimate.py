@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import uuid
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -18,6 +19,7 @@ from conftest import SeaweedFS
 from integration.jobs_under_test import commits_of, run_job
 from servers import FaultProxy
 
+import pipeline.estimate as estimate
 import pipeline.s3
 from pipeline.config import JobConfig, parse_arguments
 from pipeline.estimate import (
@@ -89,7 +91,7 @@ def both_ways(
             for name, value in env.items():
                 patch.setenv(name, value)
             patch.setattr(pipeline.s3, "_answered", {proxy.endpoint})
-            estimate = _dry_run(flags, said)
+            found = _dry_run(flags, said)
             assert {method for method, _ in proxy.requests} <= {"GET", "HEAD"}, "a dry run wrote something"
             assert not list(open_store(output).list("")), "a dry run wrote something"
             proxy.requests.clear()
@@ -98,7 +100,7 @@ def both_ways(
             sent: dict[str, Counter[str]] = {"input": Counter(), "output": Counter()}
             for method, path in proxy.requests:
                 sent["input" if path.startswith("/shards") else "output"][_kind(method, path)] += 1
-            yield BothWays(estimate=estimate, said=said.getvalue(), result=outcome.result, output=output, requests=sent)
+            yield BothWays(estimate=found, said=said.getvalue(), result=outcome.result, output=output, requests=sent)
     finally:
         proxy.close()
 
@@ -443,3 +445,51 @@ def test_requests_grow_with_shards_as_the_readme_says() -> None:
     assert many["put"] - few["put"] == pytest.approx(2 * 9_990, rel=0.01)
     assert many["get"] - few["get"] == pytest.approx(3 * 9_990, rel=0.01)
     assert many["list"] < 200
+
+
+def test_requests_for_the_files_and_the_slices_of_a_folder_are_those_that_are_sent(
+    proxy: FaultProxy, s3_env: SeaweedFS, tmp_path: Path
+) -> None:
+    folder = f"files-{uuid.uuid4().hex[:8]}"
+    members = [member for still in CLIP_STILLS for member in clip_members(still, still.stem)]
+    assert len(members) == 6, "two pictures, each with its .txt and .json"
+    for name, content in members:
+        s3_env.client().put_object(Bucket="shards", Key=f"{folder}/{name}", Body=content)
+    flags = ["--input", f"s3://shards/{folder}", "--output", s3_env.root(), "--model", "small", "--buckets", "64x64x9"]
+    config = parse_arguments([*flags, "--samples-per-shard", "1"])
+    store = open_store(config.run.output)
+    specs = plan_shards(config.source, store)
+    sent = Counter(_kind(method, path) for method, path in proxy.requests if path.startswith("/latents"))
+    work = Work(
+        num_shards=2,
+        num_records=0,
+        num_published=None,
+        is_begun=False,
+        num_files=2,
+        num_sets=0,
+        num_plans=1,
+        num_new_slices=2,
+        num_input_files=6,
+        snapshot_every=1000,
+        snapshot_growth=0.1,
+    )
+    with_plan, without = requests_to_output(work), requests_to_output(replace(work, num_plans=0, num_new_slices=0))
+    # Beside planning, an actor reads the slice of its shard, and the driver the first one.
+    assert Counter({kind: with_plan[kind] - without[kind] for kind in KINDS}) == sent + Counter(get=3)
+    proxy.requests.clear()
+    look = look_at(config, specs, store, {}, tmp_path, 60, other_child=0)
+    read = Counter(_kind(method, path) for method, path in proxy.requests if path.startswith("/shards"))
+    assert Scale(specs, look).is_whole
+    assert look.file_requests == read == Counter(head=2 * 6, get=2 * 3)
+
+
+@pytest.mark.parametrize(
+    ("limit", "num_cores"), [("max 100000", 8), ("250000 100000", 2), ("50000 100000", 1), ("nonsense", 8)]
+)
+def test_a_container_has_the_cores_that_it_is_limited_to(
+    limit: str, num_cores: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cpu.max").write_text(limit)
+    monkeypatch.setattr(estimate, "_CPU_LIMIT", tmp_path / "cpu.max")
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    assert estimate._cores_here() == num_cores
