@@ -41,6 +41,8 @@ from jobs import encode_text, train_vae
 from pipeline import LatentDataset, cli
 from pipeline.commit import publish_snapshot
 from pipeline.config import parse_arguments
+from pipeline.estimate import Estimate
+from pipeline.estimate_text import lines_of
 from pipeline.plan import plan_shards
 from pipeline.records import Bucket
 from pipeline.redo import order_repair
@@ -293,6 +295,50 @@ def _stages(block: Block, output: ObjectStore, folder: Path) -> None:
         assert [setting.kind for setting in settings] == ["video", "image"]
 
 
+def _estimate(block: Block, output: ObjectStore, folder: Path) -> None:
+    # Measured once; what is looked at here is that an estimate is still shown so. tests/pipeline/test_estimate.py holds
+    # estimates against runs.
+    found = Estimate(
+        num_shards=8,
+        num_shards_seen=5,
+        num_videos_seen=43,
+        num_bytes_seen=8894976,
+        is_whole=False,
+        num_videos=79,
+        num_videos_range=(70, 89),
+        num_videos_rejected=0,
+        num_clips=79,
+        num_clips_range=(70, 89),
+        clips={"256x256x17": 79},
+        num_frames=1350,
+        video_hours=0.05462,
+        rejections={},
+        num_bytes_out=26096743,
+        num_files_out=8,
+        requests={"output": {"get": 32, "head": 0, "list": 7, "put": 29, "delete": 2}},
+        device="cpu",
+        device_name="cpu",
+        num_actors=2,
+        cpus_per_actor=1,
+        gpus_per_actor=0.0,
+        encode_s_per_clip={"256x256x17": 0.9921},
+        measured=("64x64x5", "256x256x17"),
+        encode_s=78.8,
+        decode_cpu_s=5.3,
+        start_s=16.7,
+        duration_s=58.7,
+        duration_range_s=(53.9, 63.5),
+        limited_by="cores",
+        num_decode_cores=0.07,
+        actor_hours=0.0326,
+        gpu_hours=0.0,
+        price=None,
+        price_range=None,
+        notes=tuple(line[10:] for line in block.text.splitlines() if line.startswith("note")),
+    )
+    assert block.text.splitlines() == lines_of(found)[1:]
+
+
 _KINDS = r"(parquet|tar|rejected\.parquet)"
 
 
@@ -321,6 +367,7 @@ BLOCKS: dict[str, Callable[[Block, ObjectStore, Path], None]] = {
     "pyarrow.parquet.read_table(url)  # DuckDB reads it as well": _other_readers,
     "from cvvae.inflate import inflate, load_image_vae": _inflated_vae,
     "settings:                     # for every stage that has none of its own": _stages,
+    "to do     8 shards": _estimate,
     "_dataset.json                      create-once: configuration, its fingerprint, the model": _layout,
 }
 
