@@ -825,6 +825,8 @@ class _Pool:
             return None
         slot.is_ready = slot.has_been_ready = self._has_been_ready = True
         slot.num_failed_starts = slot.num_start_errors = 0
+        # A sign of life: one that freezes before its first beat must not be taken for one that waits for a place.
+        slot.has_been_heard, slot.heard_s = True, self._awake_s
         slot.node = facts.node
         return facts
 

@@ -388,6 +388,8 @@ def test_an_actor_on_a_node_with_another_installation_is_not_used_and_ends_nothi
     )
     monkeypatch.setattr(run.ray, "get", lambda _: facts)
     assert pool.admit(next(iter(pool.starting))) == facts
+    pool._awake_s += 11
+    assert "did not answer for 11 s" in str(pool._why_hanging(first)), "that it started was its last sign of life"
     monkeypatch.setattr(run.ray, "get", lambda _: replace(facts, node="two", decoders={"decord": "0.7"}))
     said = io.StringIO()
     pool._progress = Progress("plain", said)
