@@ -17,7 +17,7 @@ import itertools
 import os
 import struct
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -64,6 +64,8 @@ _DECORD_SKIPS_PER_CALL = 64
 # Packets in a row that the decoder may refuse before the first picture: more than a healthy stream, cut anywhere, has
 # up to its next key frame.
 _MOST_FAILURES = 300
+# H.264 and HEVC keep at most 16 pictures until they are shown; the others fewer.
+_MOST_REORDERED = 16
 
 
 # --- looking at a video ---------------------------------------------------------------------------------------------
@@ -78,6 +80,7 @@ class Scan:
         key_frames: rising indices into `pts` of the frames that decoding can start at.
         lost_pts: the time of a last packet that is cut off; it is not among `pts`.
         is_cut: the file ends inside a packet, and nothing in it tells how much followed.
+        has_wrong_times: of frames that are not among `pts`; readers that count by times count otherwise.
         orientation: the display matrix (a, b, c, d), each -1, 0 or 1: a pixel (x, y) is shown at (ax + cy, bx + dy).
         width_px, height_px: of the picture as it is shown.
     """
@@ -90,6 +93,7 @@ class Scan:
     key_frames: npt.NDArray[np.int64]
     lost_pts: int | None
     is_cut: bool
+    has_wrong_times: bool
     orientation: tuple[int, int, int, int]
     width_px: int
     height_px: int
@@ -246,6 +250,7 @@ class _Packets:
     unproven_end: int | None = None
     picture: VideoFrame | None = None
     num_failures: int = 0
+    has_wrong_times: bool = False
     picture_error: str = "nothing came out of the decoder"
 
     def note_damage(self, what: str) -> None:
@@ -296,6 +301,9 @@ def _read_packets(
     num_before_key = 0
     times: set[int] = set()
     places: list[tuple[int, int]] = []
+    # Also of frames that are not to be shown: one with a wrong time may lie outside what is.
+    all_pts: list[int] = []
+    num_kept_before: list[int] = []
     if said_at_open and not is_mov:
         # The demuxer had read ahead: which packets came before the damage is not known any more.
         found.note_damage(said_at_open)
@@ -329,6 +337,8 @@ def _read_packets(
                 num_before_key += not packet.is_discard
                 continue
             _try_picture(stream, packet, found)
+            all_pts.append(pts)
+            num_kept_before.append(len(found.pts))
             # Frames before the first key frame in time refer to what is not there; discarded ones are never shown.
             if packet.is_discard or (found.pts and pts < found.pts[0]):
                 continue
@@ -341,6 +351,11 @@ def _read_packets(
         found.ended_early = True
         found.pts.pop()
         found.is_key.pop()
+    strayed = _first_strayed(all_pts)
+    found.has_wrong_times = strayed is not None
+    if strayed is not None and (found.num_proven is None or num_kept_before[strayed] < found.num_proven):
+        found.num_proven = min(num_kept_before[strayed], len(found.pts))
+        found.damage = f"frame {strayed} of the file has a time at which no decoder could show it"
     places.sort()
     if container.format.name.startswith("mov") and any(a + n > b for (a, n), (b, _) in itertools.pairwise(places)):
         raise RejectionError("decode_error", "the index of the file gives the same bytes to several frames")
@@ -360,6 +375,13 @@ def _read_packets(
     if last_dts is not None and (is_cut or (found.ended_early and (is_short or stream.frames == 0))):
         found.drop_from(last_dts)
     return found
+
+
+def _first_strayed(pts: Sequence[int]) -> int | None:
+    """The first frame, in the order of the file, whose time puts it farther from its place than codecs reorder."""
+    order = np.argsort(np.array(pts, dtype=np.int64), kind="stable")
+    strayed = np.flatnonzero(np.abs(order - np.arange(len(order))) > _MOST_REORDERED)
+    return int(order[strayed].min()) if len(strayed) else None
 
 
 def _says_end(text: str) -> bool:
@@ -491,6 +513,7 @@ def scan_video(media_fd: int, limits: DecodeLimits, sign_of_life: Callable[[], N
             key_frames=np.flatnonzero(np.array(packets.is_key)[first_places]).astype(np.int64),
             lost_pts=packets.lost_pts,
             is_cut=is_cut,
+            has_wrong_times=packets.has_wrong_times,
             orientation=orientation,
             width_px=frame.height if is_turned else frame.width,
             height_px=frame.width if is_turned else frame.height,
@@ -751,6 +774,7 @@ class ClipReader:
             scan.container in _DECORD_CONTAINERS
             and scan.codec in _DECORD_CODECS
             and scan.num_video_streams == 1
+            and not scan.has_wrong_times
             and not _needs_own_turning(scan)
         )
         self._fits_memory = os.fstat(media_fd).st_size <= _LARGEST_IN_MEMORY_BYTES

@@ -534,6 +534,33 @@ def test_damage_rejects_the_clips_it_touches_and_leaves_the_others_as_they_were(
     assert 6 <= num_rejected < len(got) / 2
 
 
+@pytest.mark.parametrize("late", [1 << 20, 1 << 28])
+def test_a_frame_that_is_to_be_shown_when_no_decoder_could_is_missed_where_it_belongs(late: int) -> None:
+    """One bit of an index moves a frame behind all others, which then looks like a video that is one frame shorter."""
+    whole = bytearray(moving_pattern("320x240", "25", 12, "-c:v", "libx264", "-g", "25", "-bf", "2"))
+    table = whole.index(b"ctts") + 12
+    (num_entries,) = struct.unpack_from(">I", whole, table - 4)
+    assert num_entries > 120
+    entry = table + 8 * 100 + 4
+    struct.pack_into(">I", whole, entry, struct.unpack_from(">I", whole, entry)[0] + late)
+    expected = clips_of(decode([video(whole_again(whole, entry, late))]))
+    results = decode([video(bytes(whole))])
+    clips = [result for result in results if isinstance(result, Clip)]
+    assert 0 < len(clips) < len(expected)
+    assert len(results) == len(expected)
+    assert {result.reason for result in results if isinstance(result, ClipFailure)} == {"frames_missing"}
+    for clip, wanted in zip(clips, expected, strict=False):
+        np.testing.assert_allclose(clip.frame_times_s, wanted.frame_times_s)
+        # Read by another decoder, whose scaler rounds otherwise.
+        assert float(np.abs(clip.frames.astype(np.int16) - wanted.frames).mean()) < 4
+
+
+def whole_again(changed: bytearray, entry: int, late: int) -> bytes:
+    whole = bytearray(changed)
+    struct.pack_into(">I", whole, entry, struct.unpack_from(">I", whole, entry)[0] - late)
+    return bytes(whole)
+
+
 def test_the_results_do_not_depend_on_the_size_of_the_pool() -> None:
     whole = moving_pattern("320x240", "25", 8, "-c:v", "libx264", "-g", "25", "-bf", "2")
 
