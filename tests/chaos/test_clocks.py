@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 # Everything in the pipeline that asks what time it is, and why no harm can come of the answer.
 MAY_ASK = {
     "pipeline/actors.py: datetime.now": "created_at of a record, for people: nothing reads it",
+    "pipeline/calibration.py: time.time": "how long a process took to start, for the estimate of a dry run",
     "pipeline/columns.py: datetime.now": "created_at of a record, for people: nothing reads it",
     "pipeline/committed.py: st_atime_ns": "which copy in a cache makes room first",
     "pipeline/committed.py: st_mtime": "which half-fetched copy in a cache is nobody's any more",
