@@ -446,7 +446,9 @@ def open_and_plan(task: dict[str, Any]) -> dict[str, Any]:
     from pipeline import LatentDataset
 
     def peak_mb() -> float:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        # Not `ru_maxrss`, which begins with what the parent had when it forked.
+        peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+        return int(peak.split()[1]) / 1024
 
     imports_mb, times, computed = peak_mb(), [time.perf_counter()], time.process_time()
     dataset = LatentDataset(task["root"], batch_size=16, world_size=8)
