@@ -88,7 +88,7 @@ class FreezesOrHangs(EncodeActor):
 class Paced(EncodeActor):
     """Rests before each shard, so that work is left when the last of many faults comes."""
 
-    rest_s = 0.5
+    rest_s = 1.2
 
     def process(self, spec: ShardSpec, manifest: DatasetManifest, poison: frozenset[int] = frozenset()) -> ShardReport:
         time.sleep(self.rest_s)
