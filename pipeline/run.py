@@ -703,7 +703,7 @@ class _Pool:
         self._device_type = device_type
         # Names are shown by Ray's dashboard, and must differ from those of other runs there.
         self._name = f"latentmill {config.run.output.rstrip('/').rpartition('/')[2]} {uuid4().hex[:6]}"
-        self._num_made = 0
+        self._num_made = self._num_unusable = 0
         self.slots: list[_Slot] = []
         self.starting: dict[Any, _Slot] = {}
         for _ in range(num_actors):
@@ -735,10 +735,9 @@ class _Pool:
         for slot in [slot for slot in self.slots if not slot.is_ready and slot.has_been_ready]:
             if len(self.slots) > fitting:
                 self._progress.say("actor", f"encoder {slot.index} has no place any more: its node is gone")
-                self.slots.remove(slot)
-                self.starting = {start: other for start, other in self.starting.items() if other is not slot}
-                ray.kill(slot.handle)
-        for _ in range(min(fitting - len(self.slots), num_waiting)):
+                self._drop(slot)
+        # A place whose actor was given up is still free, and the next actor would fail there too.
+        for _ in range(min(fitting - self._num_unusable - len(self.slots), num_waiting)):
             slot = self._add()
             self._progress.say("actor", f"encoder {slot.index} joins: the cluster has room for {fitting}")
 
@@ -894,10 +893,15 @@ class _Pool:
 
     def _give_up(self, slot: _Slot, message: str) -> None:
         self._progress.say("actor", f"{message}; going on without it")
-        self.slots.remove(slot)
-        ray.kill(slot.handle)
+        self._num_unusable += 1
+        self._drop(slot)
         if not self.slots:
             raise _HopelessError(f"{message}. No encoder is left; what is committed stays, the same command goes on")
+
+    def _drop(self, slot: _Slot) -> None:
+        self.slots.remove(slot)
+        self.starting = {start: other for start, other in self.starting.items() if other is not slot}
+        ray.kill(slot.handle)
 
     def stop(self) -> None:
         """Lets every actor clean up, then ends it."""

@@ -258,7 +258,7 @@ def _pool(silence_s: float, stall_s: float) -> _Pool:
     pool = object.__new__(_Pool)  # without actors: only the judgement is looked at
     flags = ["--silence-timeout-s", str(silence_s), "--stall-timeout-s", str(stall_s)]
     pool._looked_s, pool._fitted_s, pool.slots, pool.starting = time.monotonic(), float("inf"), [], {}
-    pool._run, pool._awake_s = parse_arguments([*FLAGS, *flags]).run, 100.0
+    pool._run, pool._awake_s, pool._num_unusable = parse_arguments([*FLAGS, *flags]).run, 100.0, 0
     pool.end_hanging = lambda slot: None  # type: ignore[method-assign]
     return pool
 
@@ -398,6 +398,12 @@ def test_an_actor_on_a_node_with_another_installation_is_not_used_and_ends_nothi
     assert pool.slots == [first]
     assert other.handle.num_kills == 1
     assert "on node two is not used: its decoders differ from those of node one" in said.getvalue()
+
+    monkeypatch.setattr(run, "_num_places", lambda *_: 2)
+    monkeypatch.setattr(pool, "_add", lambda: pytest.fail("an actor joins where one was given up"))
+    pool._place, pool._fitted_s = (1, 0.0), -run._FIT_S
+    pool.fit(9)
+    assert pool.slots == [first]
 
 
 def test_an_actor_that_was_killed_while_it_started_is_waited_for_as_one_that_comes_back(
