@@ -1108,12 +1108,11 @@ class _Dispatch:
         poison = self._poison.get(spec.shard_id, frozenset())
         search = self._searches.get(spec.shard_id)
         if search is None:
-            process = slot.handle.process.options(name=f"EncodeActor.process {spec.shard_id}")
-            self._running[process.remote(spec, self._manifest, poison)] = _Task(spec, slot, None)
+            # Without a name of its own: Ray keeps metrics of each name in driver and actor for as long as they live.
+            self._running[slot.handle.process.remote(spec, self._manifest, poison)] = _Task(spec, slot, None)
         else:
             part = search.next_part()
-            probe = slot.handle.probe.options(name=f"EncodeActor.probe {spec.shard_id}")
-            reference = probe.remote(spec, self._manifest, part, poison)
+            reference = slot.handle.probe.remote(spec, self._manifest, part, poison)
             self._running[reference] = _Task(spec, slot, part)
         self._note_depth(slot)
 

@@ -9,6 +9,7 @@ import io
 import re
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import latents
@@ -91,6 +92,29 @@ def _hand_out(dispatch: _Dispatch, slot: _Slot) -> _Task:
     spec = dispatch._waiting.popleft()
     search = dispatch._searches.get(spec.shard_id)
     return _Task(spec, slot, None if search is None else search.next_part())
+
+
+def test_shards_are_handed_out_under_the_names_of_the_methods_as_ray_keeps_metrics_of_every_name_for_ever() -> None:
+    class Method:
+        """A method of an actor that cannot be called under another name: it has no `options`."""
+
+        def __init__(self) -> None:
+            self.called_with: list[tuple[Any, ...]] = []
+
+        def remote(self, *arguments: Any) -> object:
+            self.called_with.append(arguments)
+            return object()
+
+    said = io.StringIO()
+    dispatch, actor = _dispatch(2, said), SimpleNamespace(process=Method(), probe=Method())
+    slot = _Slot(0, actor, is_ready=True)
+    dispatch._pool = SimpleNamespace(slots=[slot])  # type: ignore[assignment]
+    first, second = dispatch._ledger.todo
+    dispatch._searches[second.shard_id] = run._Search()
+    dispatch._hand_to(slot)
+    dispatch._hand_to(slot)
+    assert [spec for spec, *_ in actor.process.called_with] == [first]
+    assert [spec for spec, *_ in actor.probe.called_with] == [second]
 
 
 def test_of_a_shard_with_two_poisons_both_are_found_and_none_else_within_a_bounded_number_of_deaths() -> None:
