@@ -50,6 +50,10 @@ _WAITING_BYTES = 128 << 20
 _FILES_AHEAD_PER_CHILD = 4
 _START_TIMEOUT_S = 120.0
 _START_ATTEMPTS = 3
+# Children lost at one place of a file before what is left of it is rejected. SIGKILL comes from outside (from an
+# operator, or from the kernel where memory is short), so that it says little of the file.
+_MOST_LOSSES = 2
+_MOST_KILLS = 6
 # Opening reads the whole file, some of it inside decord without a sign of life.
 _SLOWEST_READ_BYTES_PER_S = 20e6
 _POLL_S = 0.2
@@ -82,13 +86,15 @@ class _ChildLostError(Exception):
         reason: one of `records.REASONS`.
         message: what happened, the same for the same file every time.
         details: for the log: with the process and its last words.
+        is_killed: somebody else sent it SIGKILL.
     """
 
-    def __init__(self, reason: str, message: str, details: str) -> None:
+    def __init__(self, reason: str, message: str, details: str, *, is_killed: bool = False) -> None:
         super().__init__(reason, message, details)
         self.reason = reason
         self.message = message
         self.details = details
+        self.is_killed = is_killed
 
 
 class _Child:
@@ -177,6 +183,8 @@ class _Child:
                 # A child says so between frames. One that was taken over may say it for ever.
                 if time.monotonic() - asked_s < self._limits.max_decode_cpu_s:
                     Steps.note()
+        except ConnectionError as error:
+            raise self._death() from error
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise self.broken("the conversation broke off", str(error)) from error
 
@@ -218,7 +226,8 @@ class _Child:
             how = f"ended with exit status {status}"
         # C++ code has no other way to say that an allocation failed.
         is_memory = any(name in log for name in ("bad_alloc", "MemoryError", "Cannot allocate memory"))
-        return self._lost("out_of_memory" if is_memory else "decoder_crash", how)
+        is_killed = status == -signal.SIGKILL
+        return self._lost("out_of_memory" if is_memory else "decoder_crash", how, is_killed=is_killed)
 
     def read_clip(self, answer: Mapping[str, Any], video: SourceVideo) -> Clip:
         """The clip of an answer, its frames copied out of the shared memory.
@@ -282,7 +291,7 @@ class _Child:
         tail = os.pread(self._log_fd, _LOG_TAIL_BYTES, max(0, size - _LOG_TAIL_BYTES))
         return printable(tail.decode("utf-8", "backslashreplace"))
 
-    def _lost(self, reason: str, what: str, why: str = "") -> _ChildLostError:
+    def _lost(self, reason: str, what: str, why: str = "", *, is_killed: bool = False) -> _ChildLostError:
         """The error of a lost child; `what` is the same for the same file every time, and goes into the output."""
         details = f"decode child {self._process.pid}: {what}"
         if why:
@@ -290,7 +299,7 @@ class _Child:
         if log := self._log_tail().strip():
             details += f"; its log ends: {log}"
         _log.warning("%s", details)
-        return _ChildLostError(reason, what, details)
+        return _ChildLostError(reason, what, details, is_killed=is_killed)
 
 
 def _times_offset(bucket: Bucket) -> int:
@@ -554,10 +563,10 @@ class _FileInWork:
         self._stop = stop
         self._next_clip = 0
         self._num_clips = 0
-        self._num_losses = 0  # since the last clip
+        self._num_losses = self._num_kills = 0  # since the last clip
 
     def run(self) -> None:
-        """Puts every clip and failure of the file. A child lost twice at one place ends the file there."""
+        """Puts every clip and failure of the file. Children lost again and again at one place end the file there."""
         while True:
             child = self._pool.take_child()
             try:
@@ -565,9 +574,11 @@ class _FileInWork:
             except _ChildLostError as lost:
                 self._pool.discard(child)
                 self._pool.refuse_if_closed()
-                self._num_losses += 1
-                if self._num_losses == 2:
-                    return self._give_up(lost.reason, f"twice, the second time: {lost.message}")
+                self._num_kills += lost.is_killed
+                self._num_losses += not lost.is_killed
+                if self._num_losses == _MOST_LOSSES or self._num_kills == _MOST_KILLS:
+                    number = self._num_kills if lost.is_killed else self._num_losses
+                    return self._give_up(lost.reason, f"{number} times, the last time: {lost.message}")
             except BaseException:
                 self._pool.discard(child)
                 raise
@@ -594,7 +605,7 @@ class _FileInWork:
                 entry = self._failure(self._next_clip, *_rejection(child, answer))
             self._put(entry)
             self._next_clip += 1
-            self._num_losses = 0
+            self._num_losses = self._num_kills = 0
 
     def _give_up(self, reason: str, message: str) -> None:
         """Rejects the file, or what is left of it when some of its clips have been given away."""

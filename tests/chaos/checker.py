@@ -52,6 +52,7 @@ class Verdict:
     num_snapshots: int = 0
     num_orphans: int = 0
     files: dict[str, str] = field(default_factory=dict)  # "<record> <content>" -> SHA-256
+    rejections: list[str] = field(default_factory=list)  # "<key>: <reason>: <message>"
     problems: list[str] = field(default_factory=list)
 
 
@@ -202,6 +203,8 @@ def _check_record(
         if file["content"] == "rejected":
             table = pq.read_table(io.BytesIO(data)).to_pydict()
             refused = list(zip(table["key"], table["clip_index"], strict=True))
+            why = zip(table["key"], table["reason"], table["message"], strict=True)
+            verdict.rejections += [f"{key}: {reason}: {message}" for key, reason, message in why]
             num_rows = len(refused)
         else:
             read = _parquet_rows if file["content"] == "parquet" else _tar_rows

@@ -97,6 +97,9 @@ def episode(
         files = result.verdict.files
         result.num_wrong = sum(expected.get(name) != files.get(name) for name in expected.keys() | files)
         result.problems += result.verdict.problems
+        if result.num_wrong:
+            said = result.verdict.rejections or "nothing"
+            result.problems.append(f"{result.num_wrong} files differ from the undisturbed run's; rejected: {said}")
     return result
 
 

@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -725,7 +726,8 @@ def even_and_odd() -> list[SourceVideo]:
     ("misbehave", "limits", "reason", "says"),
     [
         ("os.abort()", {}, "decoder_crash", "SIGABRT"),
-        ("os.kill(os.getpid(), signal.SIGSEGV)", {}, "decoder_crash", "SIGSEGV"),
+        ("os.kill(os.getpid(), signal.SIGSEGV)", {}, "decoder_crash", "2 times, the last time: ended by SIGSEGV"),
+        ("os.kill(os.getpid(), signal.SIGKILL)", {}, "decoder_crash", "6 times, the last time: ended by SIGKILL"),
         ("signal.pause()", {"decode_timeout_s": 1.0}, "timeout", "silent for"),
         ("while True: sign_of_life()", {"max_decode_cpu_s": 1.0}, "timeout", "--max-decode-cpu-s"),
         ("bytearray(8 << 30)", {}, "out_of_memory", "no memory"),
@@ -765,6 +767,36 @@ def test_a_video_whose_child_dies_twice_at_one_clip_loses_that_clip_and_the_rest
     assert [(r.key, r.clip_index, isinstance(r, Clip)) for r in results[2:4]] == [("bad", 0, True), ("bad", 1, False)]
     assert isinstance(results[3], ClipFailure)
     assert results[3].reason == "decoder_crash"
+
+
+def test_a_video_loses_nothing_when_its_children_are_killed_from_outside_a_few_times_at_one_place(
+    hostile_pool: Callable[..., DecodePool],
+) -> None:
+    own_pool = hostile_pool(
+        "os.kill(os.getpid(), signal.SIGSTOP); return honest(media_fd, first_clip, rules, memory, sign_of_life)"
+    )
+    num_met = 0
+
+    def meet_those_that_stopped() -> None:
+        nonlocal num_met
+        while not is_over.wait(0.02):
+            for child in psutil.Process().children():
+                with suppress(psutil.NoSuchProcess):
+                    if child.status() == psutil.STATUS_STOPPED:
+                        num_met += 1
+                        child.send_signal(signal.SIGKILL if num_met < 5 else signal.SIGCONT)
+
+    is_over = threading.Event()
+    watcher = threading.Thread(target=meet_those_that_stopped)
+    watcher.start()
+    try:
+        results = list(own_pool.decode(even_and_odd()))
+    finally:
+        is_over.set()
+        watcher.join()
+    assert num_met >= 5
+    assert all(isinstance(result, Clip) for result in results), results
+    assert [result.key for result in results] == [key for key in ("before", "bad", "after") for _ in range(2)]
 
 
 def test_a_child_can_reach_no_network_no_program_and_no_secret(
