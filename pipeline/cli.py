@@ -35,6 +35,7 @@ from pipeline.errors import (
     UsageError,
     printable,
 )
+from pipeline.progress import size_text
 from pipeline.records import COUNTED, DatasetManifest, sum_counts
 from pipeline.storage import ObjectStore, open_store
 
@@ -191,17 +192,8 @@ def _print_description(found: Mapping[str, Any]) -> None:
         is_counts = all(isinstance(value, int) and not isinstance(value, bool) for value in entries.values())
         room = max(len(_text(value)) for value in entries.values()) if is_counts else 0
         for name, value in entries.items():
-            size = f"  {_size(value)}" if "bytes" in str(name) and isinstance(value, int) else ""
+            size = f"  ({size_text(value)})" if "bytes" in str(name) and isinstance(value, int) else ""
             _say(f"  {printable(str(name)):<{width}}  {_text(value).rjust(room)}{size}")
-
-
-def _size(num_bytes: float) -> str:
-    """ "2.97 MB" of 2970692."""
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if num_bytes < 1000:
-            return f"({num_bytes:.3g} {unit})"
-        num_bytes /= 1000
-    return f"({num_bytes:,.0f} PB)"
 
 
 def _text(value: object) -> str:
