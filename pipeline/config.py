@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -256,6 +256,16 @@ class EncodingConfig:
         auto_or(whole("cpus-per-actor", 1)),
         None,
     )
+
+    @property
+    def kind(self) -> Literal["mean", "moments"]:
+        """What the output keeps of a posterior."""
+        return "mean" if self.store == "mean" else "moments"
+
+    @property
+    def latent_dtype(self) -> Literal["float16", "float32"]:
+        """What the output keeps it in."""
+        return "float16" if self.store_dtype == "float16" else "float32"
 
     def fingerprint_fields(self, device_type: str) -> dict[str, object]:
         """The JSON-safe part of the fingerprint that this configuration decides, resolved for "cpu" or "cuda".

@@ -376,8 +376,8 @@ def _open_output(
         fingerprint=fingerprint_of(fields),
         fingerprint_fields=fields,
         model=facts.model,
-        kind="mean" if config.encoding.store == "mean" else "moments",
-        latent_dtype="float16" if config.encoding.store_dtype == "float16" else "float32",
+        kind=config.encoding.kind,
+        latent_dtype=config.encoding.latent_dtype,
         passthrough=passthrough,
     )
     if "text" in facts.columns:

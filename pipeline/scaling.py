@@ -91,8 +91,8 @@ def sizes_of(config: JobConfig, model: ModelFacts, passthrough: Mapping[str, str
         fingerprint="0" * 64,
         fingerprint_fields={},
         model=model,
-        kind="mean" if config.encoding.store == "mean" else "moments",
-        latent_dtype="float16" if config.encoding.store_dtype == "float16" else "float32",
+        kind=config.encoding.kind,
+        latent_dtype=config.encoding.latent_dtype,
         passthrough=passthrough,
     )
     latent_bytes = {bucket: _zeros(bucket, manifest).nbytes for bucket in scale.buckets}
