@@ -242,7 +242,7 @@ class ClipEncoder:
                 text = f"{num_bad} of {moments.size} latent values are NaN or infinite (computed in {dtypes})"
                 yield _failure(clip, "nonfinite_latent", text)
             else:
-                yield _record(clip, moments, self._encoding.store)
+                yield LatentRecord.of_clip(clip, moments, self._encoding.kind)
 
 
 def _failure(clip: Clip, reason: str, message: str) -> ClipFailure:
@@ -252,25 +252,6 @@ def _failure(clip: Clip, reason: str, message: str) -> ClipFailure:
         step="encode",
         reason=reason,
         message=message,
-        source_uri=clip.source_uri,
-    )
-
-
-def _record(clip: Clip, moments: npt.NDArray[np.floating], store: str) -> LatentRecord:
-    num_channels = moments.shape[0] if store == "mean" else moments.shape[0] // 2
-    return LatentRecord(
-        key=clip.key,
-        clip_index=clip.clip_index,
-        mean=moments[:num_channels],
-        logvar=None if store == "mean" else moments[num_channels:],
-        bucket=clip.bucket,
-        caption=clip.caption,
-        fields=clip.fields,
-        fps=clip.fps,
-        start_s=clip.start_s,
-        end_s=clip.end_s,
-        crop=clip.crop,
-        facts=clip.facts,
         source_uri=clip.source_uri,
     )
 

@@ -263,6 +263,31 @@ class LatentRecord:
     facts: VideoFacts
     source_uri: str
 
+    @classmethod
+    def of_clip(cls, clip: Clip, latent: npt.NDArray[np.floating], kind: Literal["mean", "moments"]) -> LatentRecord:
+        """The record of a clip, with all that the clip says.
+
+        Args:
+            latent: as it is stored: the mean `(C, t, h, w)`, of kind "moments" with the log-variance behind it
+                `(2C, t, h, w)`.
+        """
+        num_channels = len(latent) if kind == "mean" else len(latent) // 2
+        return cls(
+            key=clip.key,
+            clip_index=clip.clip_index,
+            mean=latent[:num_channels],
+            logvar=None if kind == "mean" else latent[num_channels:],
+            bucket=clip.bucket,
+            caption=clip.caption,
+            fields=clip.fields,
+            fps=clip.fps,
+            start_s=clip.start_s,
+            end_s=clip.end_s,
+            crop=clip.crop,
+            facts=clip.facts,
+            source_uri=clip.source_uri,
+        )
+
     @property
     def kind(self) -> Literal["mean", "moments"]:
         return "mean" if self.logvar is None else "moments"

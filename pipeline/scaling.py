@@ -154,7 +154,7 @@ def _written(
     """Bytes of the files of a shard, by content."""
     with ShardWriter(folder, "shard", manifest, output_format) as writer:
         for clip in clips:
-            writer.write(_record(clip, manifest))
+            writer.write(LatentRecord.of_clip(clip, _zeros(clip.bucket, manifest), manifest.kind))
         for failure in failures:
             writer.reject(failure)
         files = writer.finish()
@@ -162,24 +162,3 @@ def _written(
     for file in files:
         file.path.unlink()
     return sizes
-
-
-def _record(clip: Clip, manifest: DatasetManifest) -> LatentRecord:
-    latent = _zeros(clip.bucket, manifest)
-    half = len(latent) // 2
-    has_logvar = manifest.kind == "moments"
-    return LatentRecord(
-        key=clip.key,
-        clip_index=clip.clip_index,
-        mean=latent[:half] if has_logvar else latent,
-        logvar=latent[half:] if has_logvar else None,
-        bucket=clip.bucket,
-        caption=clip.caption,
-        fields=clip.fields,
-        fps=clip.fps,
-        start_s=clip.start_s,
-        end_s=clip.end_s,
-        crop=clip.crop,
-        facts=clip.facts,
-        source_uri=clip.source_uri,
-    )
