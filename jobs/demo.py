@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import shutil
 import subprocess
@@ -37,6 +36,7 @@ from pipeline.config import JobConfig, parse_arguments
 from pipeline.decode import DecodePool
 from pipeline.pictures import Frames, Row, grid, latent_to_frames, spread, write_gif
 from pipeline.plan import plan_shards
+from pipeline.quality import psnr_db
 from pipeline.records import Clip
 from pipeline.source import iterate_videos
 from pipeline.storage import open_store
@@ -128,7 +128,7 @@ def _draw(config: JobConfig, output: Path, read: dict[str, Any], result: dict[st
     originals = _originals(config)
     decoder = LatentDecoder(config.encoding, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     is_trained = decoder.facts.is_trained
-    rows, moving, psnr_db = [], [], []
+    rows, moving, found_db = [], [], []
     for batch in LatentDataset(config.run.output, batch_size=1, shuffle_seed=None):
         key, clip_index = batch["key"][0], int(batch["clip_index"][0])
         original = originals[key, clip_index].frames
@@ -136,7 +136,7 @@ def _draw(config: JobConfig, output: Path, read: dict[str, Any], result: dict[st
         facts = decoder.facts
         latent = batch["latents"][0].numpy() / facts.scaling_factor + facts.shift_factor
         decoded = decoder.decode(latent)
-        psnr_db.append(_psnr_db(original, decoded))
+        found_db.append(psnr_db(original, decoded))
         rows.append(_row(f"{key}: {batch['caption'][0]}", original, latent_to_frames(latent), decoded))
         if len(original) > 1:
             moving.append([original, latent_to_frames(latent).repeat(4, axis=0)[3:], decoded])
@@ -147,7 +147,7 @@ def _draw(config: JobConfig, output: Path, read: dict[str, Any], result: dict[st
     return {
         "model": config.encoding.model,
         "is_trained": is_trained,
-        "psnr_db": round(float(np.mean(psnr_db)), 2) if is_trained else None,
+        "psnr_db": round(float(np.mean(found_db)), 2) if is_trained else None,
         "encode": result,
         "read": read,
         "pictures": ["grid.png", "clips.gif"],
@@ -157,11 +157,6 @@ def _draw(config: JobConfig, output: Path, read: dict[str, Any], result: dict[st
 def _row(label: str, original: Frames, latent: Frames, decoded: Frames) -> Row:
     shown = [frames[index] for frames in (original, latent, decoded) for index in spread(len(frames), 3)]
     return Row(label=label, pictures=shown)
-
-
-def _psnr_db(original: Frames, decoded: Frames) -> float:
-    error = float(np.mean((original.astype(np.float64) - decoded.astype(np.float64)) ** 2))
-    return 10 * math.log10(255**2 / max(error, 1e-9))
 
 
 def _tell(summary: dict[str, Any], output: Path, page: Path) -> None:

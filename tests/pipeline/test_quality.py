@@ -294,6 +294,11 @@ def test_reports_cross_between_processes(inputs: Path, tmp_path: Path) -> None:
     assert pickle.loads(pickle.dumps(report)) == report
 
 
+def test_psnr_is_that_of_its_definition() -> None:
+    black, grey = np.zeros((2, 4, 4, 3), np.uint8), np.full((2, 4, 4, 3), 51, np.uint8)
+    assert psnr_db(black, grey) == pytest.approx(20 * np.log10(255 / 51))
+
+
 def test_the_floor_follows_the_clip_and_is_never_above_twenty_decibels() -> None:
     rng = np.random.default_rng(0)
     noise = rng.integers(0, 256, (9, 64, 64, 3), np.uint8)
