@@ -247,22 +247,24 @@ def stored_columns(stat: FileStat, store: ObjectStore, cache: FileCache, names: 
         StorageNotFoundError: it is gone.
     """
     if stat.content == "parquet":
-        return parquet_columns(stat, store, names)
-    return open_checked(stat, store, cache).read_columns(names)
+        rows = parquet_columns(stat, store, names)
+    else:
+        rows = open_checked(stat, store, cache).read_columns(names)
+    if len(rows) != stat.num_rows:
+        raise DamagedObjectError(f"{store.url(stat.key)} has {len(rows)} rows, its record states {stat.num_rows}")
+    return rows
 
 
 def parquet_columns(stat: FileStat, store: ObjectStore, names: Sequence[str]) -> list[tuple[Any, ...]]:
-    """As `stored_columns`, of a Parquet file."""
-    url = store.url(stat.key)
+    """As `stored_columns`, of a Parquet file, whatever number of rows it has."""
     try:
         with io.BufferedReader(RangeReader(store, stat.key, stat.num_bytes), _READ_BLOCK_BYTES) as stream:
             table = pq.ParquetFile(stream, page_checksum_verification=True).read(columns=list(names))
-        rows = list(zip(*(table.column(name).to_pylist() for name in names), strict=True))
+        return list(zip(*(table.column(name).to_pylist() for name in names), strict=True))
     except (pa.ArrowException, ValueError, KeyError, OSError) as error:
-        raise DamagedObjectError(f"{url} cannot be read: {error}; latentmill verify says more") from error
-    if len(rows) != stat.num_rows:
-        raise DamagedObjectError(f"{url} has {len(rows)} rows, its record states {stat.num_rows}")
-    return rows
+        raise DamagedObjectError(
+            f"{store.url(stat.key)} cannot be read: {error}; latentmill verify says more"
+        ) from error
 
 
 def open_checked(stat: FileStat, store: ObjectStore, cache: FileCache) -> RecordFile:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from latents import commit_records, manifest, record, rejection
 
 from pipeline.commit import name_of, open_dataset, publish_snapshot, read_shard
-from pipeline.committed import FileCache, ShardOutcome, shard_outcome
+from pipeline.committed import FileCache, ShardOutcome, shard_outcome, stored_columns
 from pipeline.errors import DamagedObjectError
 from pipeline.records import DatasetManifest
 from pipeline.storage import ObjectStore, open_store
@@ -104,3 +105,12 @@ def test_a_replaced_record_may_be_damaged_and_one_that_counts_may_not(output: Ou
         shard_outcome(shard, store, output[2])
     commit_records(store, about, "s", [record("a")], replaces="s")
     assert outcome(output).generations == {("a", 0): 1}
+
+
+@pytest.mark.parametrize("content", ["parquet", "webdataset"])
+def test_a_file_with_another_number_of_rows_than_its_record_states_is_damaged(output: Output, content: str) -> None:
+    store, about, cache = output
+    (stat,) = commit_records(store, about, "s", [record("a"), record("b")], output_format=content).files
+    assert stored_columns(stat, store, cache, ("key", "clip_index")) == [("a", 0), ("b", 0)]
+    with pytest.raises(DamagedObjectError, match="has 2 rows, its record states 3"):
+        stored_columns(replace(stat, num_rows=3), store, cache, ("key",))
