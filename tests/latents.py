@@ -1,7 +1,7 @@
 """Builders of outputs without an encoder: records with made-up latents, written and committed by the real parts.
 
 Every latent value of a record is drawn from its key and clip index, so a test that meets a row again can say what it
-must hold.
+must hold. The description of an output that a real encoder writes is made here too.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.commit import commit_shard, name_of, open_dataset, put_written_file, read_shard
+from pipeline.commit import commit_shard, fingerprint_of, name_of, open_dataset, put_written_file, read_shard
 from pipeline.committed import FileCache, with_shard_counts
 from pipeline.format import ShardWriter
 from pipeline.records import (
@@ -30,6 +30,10 @@ from pipeline.records import (
     VideoFacts,
 )
 from pipeline.storage import ObjectStore, open_store
+
+if TYPE_CHECKING:
+    from pipeline.actors import WorkerFacts
+    from pipeline.config import JobConfig
 
 SMALL = Bucket(width_px=32, height_px=16, num_frames=5)
 WIDE = Bucket(width_px=64, height_px=16, num_frames=9)
@@ -60,6 +64,20 @@ def manifest(
         kind=kind,  # type: ignore[arg-type]
         latent_dtype=dtype,  # type: ignore[arg-type]
         passthrough=passthrough or {},
+    )
+
+
+def manifest_of_worker(config: JobConfig, facts: WorkerFacts, **changes: object) -> DatasetManifest:
+    """The description of an output that this worker may write, or one with changed fields of the fingerprint."""
+    fields = {**config.encoding.fingerprint_fields("cpu"), "decoders": dict(facts.decoders), **changes}
+    return DatasetManifest(
+        format_version=1,
+        fingerprint=fingerprint_of(fields),
+        fingerprint_fields=fields,
+        model=facts.model,
+        kind=config.encoding.kind,
+        latent_dtype=config.encoding.latent_dtype,
+        passthrough={},
     )
 
 

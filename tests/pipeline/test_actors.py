@@ -19,15 +19,16 @@ from pathlib import Path
 import pytest
 import torch
 from builders import CLIP_VIDEOS, pack_clips
+from latents import manifest_of_worker
 
 import pipeline.actors as actors
 from pipeline.actors import EncodeActor, _Account, _DecodeAhead, _Turns
-from pipeline.commit import fingerprint_of, open_dataset
+from pipeline.commit import open_dataset
 from pipeline.config import JobConfig, parse_arguments
 from pipeline.decode import _Child
 from pipeline.errors import UsageError
 from pipeline.plan import plan_shards
-from pipeline.records import ClipFailure, DatasetManifest
+from pipeline.records import ClipFailure
 from pipeline.storage import open_store
 from pipeline.store import Steps, copy_blocks, sha256_of_file
 
@@ -138,25 +139,11 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> JobConfig:
     return parse_arguments([*flags, "--buckets", "64x64x9", "--clips-per-video", "1"])
 
 
-def _manifest(config: JobConfig, actor: EncodeActor, **changes: object) -> DatasetManifest:
-    facts = actor.start()
-    fields = {**config.encoding.fingerprint_fields("cpu"), "decoders": dict(facts.decoders), **changes}
-    return DatasetManifest(
-        format_version=1,
-        fingerprint=fingerprint_of(fields),
-        fingerprint_fields=fields,
-        model=facts.model,
-        kind="mean",
-        latent_dtype="float16",
-        passthrough={},
-    )
-
-
 def test_a_shard_is_committed_once_and_leaves_no_temporary_file(config: JobConfig, tmp_path: Path) -> None:
     actor = EncodeActor(config, "0", "cpu")
     try:
         store = open_store(config.run.output)
-        manifest = open_dataset(store, _manifest(config, actor))
+        manifest = open_dataset(store, manifest_of_worker(config, actor.start()))
         (spec,) = plan_shards(config.source, store)
         report = actor.process(spec, manifest)
         assert (report.outcome, report.counts.num_records, report.counts.num_frames) == ("committed", 10, 90)
@@ -175,7 +162,7 @@ def test_a_worker_with_another_decoder_or_device_refuses_to_write(config: JobCon
         (spec,) = plan_shards(config.source, open_store(config.run.output))
         for changes, named in (({"decoders": {"decord": "0.0"}}, "decoders"), ({"device_type": "cuda"}, "device")):
             with pytest.raises(UsageError, match=named):
-                actor.process(spec, _manifest(config, actor, **changes))
+                actor.process(spec, manifest_of_worker(config, actor.start(), **changes))
     finally:
         actor.stop()
 

@@ -425,22 +425,24 @@ def test_an_output_in_another_region_is_named_where_the_store_states_regions(
 
 # --- requests -------------------------------------------------------------------------------------------------------
 
+# A tar for each shard, into an empty output.
+WORK = Work(
+    num_shards=10_000,
+    num_records=0,
+    num_published=None,
+    is_begun=False,
+    num_files=10_000,
+    num_sets=0,
+    num_plans=0,
+    num_new_slices=0,
+    num_input_files=10_000,
+    snapshot_every=1000,
+    snapshot_growth=0.1,
+)
+
 
 def test_requests_grow_with_shards_as_the_readme_says() -> None:
-    work = Work(
-        num_shards=10_000,
-        num_records=0,
-        num_published=None,
-        is_begun=False,
-        num_files=10_000,
-        num_sets=0,
-        num_plans=0,
-        num_new_slices=0,
-        num_input_files=10_000,
-        snapshot_every=1000,
-        snapshot_growth=0.1,
-    )
-    few, many = requests_to_output(replace(work, num_shards=10, num_files=10)), requests_to_output(work)
+    few, many = requests_to_output(replace(WORK, num_shards=10, num_files=10)), requests_to_output(WORK)
     # Two writes and three reads of a shard, and snapshots that do not grow with the square of the shards.
     assert many["put"] - few["put"] == pytest.approx(2 * 9_990, rel=0.01)
     assert many["get"] - few["get"] == pytest.approx(3 * 9_990, rel=0.01)
@@ -460,19 +462,7 @@ def test_requests_for_the_files_and_the_slices_of_a_folder_are_those_that_are_se
     store = open_store(config.run.output)
     specs = plan_shards(config.source, store)
     sent = Counter(_kind(method, path) for method, path in proxy.requests if path.startswith("/latents"))
-    work = Work(
-        num_shards=2,
-        num_records=0,
-        num_published=None,
-        is_begun=False,
-        num_files=2,
-        num_sets=0,
-        num_plans=1,
-        num_new_slices=2,
-        num_input_files=6,
-        snapshot_every=1000,
-        snapshot_growth=0.1,
-    )
+    work = replace(WORK, num_shards=2, num_files=2, num_plans=1, num_new_slices=2, num_input_files=6)
     with_plan, without = requests_to_output(work), requests_to_output(replace(work, num_plans=0, num_new_slices=0))
     # Beside planning, an actor reads the slice of its shard, and the driver the first one.
     assert Counter({kind: with_plan[kind] - without[kind] for kind in KINDS}) == sent + Counter(get=3)

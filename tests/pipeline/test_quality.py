@@ -18,12 +18,13 @@ import numpy as np
 import pytest
 import torch
 from builders import CLIP_STILLS, CLIP_VIDEOS, pack_clips
+from latents import manifest_of_worker
 
 import cvvae
 import pipeline.actors
 from pipeline.actors import EncodeActor, ShardReport
 from pipeline.codec import LatentDecoder
-from pipeline.commit import fingerprint_of, open_dataset
+from pipeline.commit import open_dataset
 from pipeline.config import JobConfig, parse_arguments
 from pipeline.decode import DecodePool
 from pipeline.inputs import FoundVersions
@@ -61,18 +62,7 @@ def _specs(config: JobConfig) -> list[ShardSpec]:
 
 
 def _manifest(config: JobConfig, actor: EncodeActor) -> DatasetManifest:
-    facts = actor.start()
-    fields = {**config.encoding.fingerprint_fields("cpu"), "decoders": dict(facts.decoders)}
-    manifest = DatasetManifest(
-        format_version=1,
-        fingerprint=fingerprint_of(fields),
-        fingerprint_fields=fields,
-        model=facts.model,
-        kind="mean",
-        latent_dtype="float16",
-        passthrough={},
-    )
-    return open_dataset(open_store(config.run.output), manifest)
+    return open_dataset(open_store(config.run.output), manifest_of_worker(config, actor.start()))
 
 
 def _encode(config: JobConfig, *numbers: int, name: str = "0") -> tuple[ModelFacts, list[ShardReport]]:

@@ -15,6 +15,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 from builders import CLIP_STILLS, tar_bytes
+from latents import manifest_of_worker
 
 from pipeline import redo
 from pipeline.actors import EncodeActor
@@ -23,7 +24,6 @@ from pipeline.cli import main
 from pipeline.commit import (
     DecidedShard,
     decided_shards,
-    fingerprint_of,
     known_commits,
     name_of,
     open_dataset,
@@ -115,17 +115,7 @@ def started(folder: Path, encoders: dict[str, EncodeActor], *more: str) -> Job:
         encoders["one"] = EncodeActor(config, "0", "cpu")
     actor = encoders["one"]
     actor._store, actor._config = store, config
-    facts = actor.start()
-    fields = {**config.encoding.fingerprint_fields("cpu"), "decoders": dict(facts.decoders)}
-    manifest = DatasetManifest(
-        format_version=1,
-        fingerprint=fingerprint_of(fields),
-        fingerprint_fields=fields,
-        model=facts.model,
-        kind="mean",
-        latent_dtype="float16",
-        passthrough={},
-    )
+    manifest = manifest_of_worker(config, actor.start())
     return Job(folder, config, store, actor, open_dataset(store, manifest))
 
 
