@@ -425,7 +425,7 @@ def _times(config: JobConfig, crew: _Crew, look: Look, scale: Scale, speeds: _Sp
     decode_cpu_s = look.cpu_s * scale.factor
     on_cores_s = decode_cpu_s + (encode_s * crew.cpus if crew.device_type == "cpu" else 0.0)
     # A shard is encoded by one actor: of three shards and two actors one waits in the end.
-    rounds = math.ceil(scale.num_shards / crew.num_actors) * crew.num_actors / max(1, scale.num_shards)
+    rounds = math.ceil(scale.num_shards / crew.num_actors) * crew.num_actors / scale.num_shards
     busy_s = {
         "encoding": rounds * encode_s / crew.encoders,
         "decoding": rounds * decode_cpu_s / min(crew.num_actors * crew.decode_processes, crew.num_cores),
@@ -440,12 +440,11 @@ def _requests(
 ) -> dict[str, dict[str, int]]:
     found = {"output": requests_to_output(replace(work, num_files=num_files))}
     sent: Counter[str] = Counter()
-    is_remote = not work.num_plans and all(spec.source_uri.startswith("s3://") for spec in todo)
-    if is_remote and todo:
+    if not work.num_plans and all(spec.source_uri.startswith("s3://") for spec in todo):
         sizes = [spec.source_size_bytes or 0 for spec in todo]
         per_video = sum(sizes) / max(1.0, scale.num_videos)
         sent += requests_of_tars(sizes) + requests_of_plan(work, sizes[0], per_video)
-    elif work.num_plans and todo and todo[0].source_uri.startswith("s3://"):
+    elif work.num_plans and todo[0].source_uri.startswith("s3://"):
         sent += requests_of_plan(work, None, 0.0)
     for kind, number in look.file_requests.items():
         sent[kind] += round(number * scale.factor)
@@ -500,7 +499,7 @@ def _summed(
         rejections=_rejections(look, scale),
         num_bytes_out=None if sizes is None else round(sizes.num_bytes),
         num_files_out=None if sizes is None else round(sizes.num_files),
-        requests=_requests(work, todo, look, scale, 0.0 if sizes is None else sizes.num_files) if todo else {},
+        requests=_requests(work, todo, look, scale, 0.0 if sizes is None else sizes.num_files),
         device=crew.device_type,
         device_name=None if times is None or speeds is None else speeds.facts.device_name,
         num_actors=crew.num_actors,
@@ -560,8 +559,6 @@ def _advice(
     times: _Times | None,
     found: Estimate,
 ) -> Iterator[str]:
-    if not todo:
-        return
     if times is not None:
         if times.duration_s - times.start_s > _SHORT_RUN_S:
             yield from _advice_on_speed(crew, times, found.num_decode_cores)
@@ -673,7 +670,7 @@ def _advice_on_regions(config: JobConfig, todo: Sequence[ShardSpec], seen_uris: 
 
 def _notes(config: JobConfig, crew: _Crew, look: Look, scale: Scale, found: Estimate) -> Iterator[str]:
     more = f"give more --dry-run-seconds than {config.run.dry_run_seconds:g}"
-    if scale.num_shards and not scale.num_videos_seen:
+    if not scale.num_videos_seen:
         yield f"no video could be looked at in that time: {more}"
     elif look.ran_out:
         yield f"the time was up before all that was drawn had been seen; to be more certain, {more}"

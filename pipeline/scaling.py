@@ -24,7 +24,7 @@ _MOST_WRITTEN_CLIPS = 64
 
 
 class Scale:
-    """From what was seen to all that is to do."""
+    """From what was seen to all that is to do, which is one shard or more."""
 
     def __init__(self, todo: Sequence[ShardSpec], look: Look) -> None:
         self.shards = look.shards
@@ -34,13 +34,13 @@ class Scale:
         self._all = sum(weight_of(spec, per_video) for spec in todo)
         self.num_shards = len(todo)
         self.is_whole = len(look.shards) == len(todo) and all(shard.is_whole for shard in look.shards)
-        self.is_known = bool(self._seen) or not todo
+        self.is_known = bool(self._seen)
         self.factor = 1.0 if self.is_whole or not self._seen else self._all / self._seen
         self.buckets = sorted({bucket for shard in look.shards for bucket in shard.buckets})
         self.clips = {bucket: self._clips_of(bucket) for bucket in self.buckets}
         self.num_videos = self.total(lambda shard: shard.num_videos)
         self.num_clips = self.total(lambda shard: shard.buckets.total())
-        self.num_videos_per_shard = self.num_videos / max(1, self.num_shards)
+        self.num_videos_per_shard = self.num_videos / self.num_shards
 
     def _clips_of(self, bucket: Bucket) -> float:
         return self.total(lambda shard: shard.buckets[bucket])
