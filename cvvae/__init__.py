@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from cvvae.config import ConfigError, CVVAEConfig
 
 if TYPE_CHECKING:
-    from cvvae.checkpoint import CheckpointError, load
+    from cvvae.checkpoint import CheckpointError, load, weights_sha256_here
     from cvvae.model import CVVAE, DecoderOutput, EncoderOutput, LatentDistribution
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "EncoderOutput",
     "LatentDistribution",
     "load",
+    "weights_sha256_here",
 ]
 
 _MODULES = {
@@ -32,6 +33,7 @@ _MODULES = {
     "EncoderOutput": "cvvae.model",
     "LatentDistribution": "cvvae.model",
     "load": "cvvae.checkpoint",
+    "weights_sha256_here": "cvvae.checkpoint",
 }
 
 

@@ -170,10 +170,9 @@ def find_folder(model: str, subfolder: str | None, revision: str | None) -> tupl
     Raises:
         CheckpointError: there is none, or no network for a hub id.
     """
-    is_name = re.fullmatch(r"[\w.-]+", model) is not None and (_SHIPPED / model / CONFIG_NAME).is_file()
-    if is_name or os.path.isdir(model):
-        folder = (_SHIPPED if is_name else Path()) / model / (subfolder or "")
-        return folder, str(model) if is_name else str(folder), ""
+    folder = _folder_here(model, subfolder)
+    if folder is not None:
+        return folder, model if _is_shipped(model) else str(folder), ""
     if re.fullmatch(r"[\w.-]+/[\w.-]+", model) is None or model.startswith((".", "/")):
         shipped = sorted(path.parent.name for path in _SHIPPED.glob(f"*/{CONFIG_NAME}"))
         raise CheckpointError(
@@ -181,6 +180,23 @@ def find_folder(model: str, subfolder: str | None, revision: str | None) -> tupl
             f"ship ({', '.join(shipped)})"
         )
     return _fetch(model, subfolder, revision)
+
+
+def weights_sha256_here(model: str, subfolder: str | None = None) -> str | None:
+    """SHA-256 of the weights' file of a model that is on this machine by name or folder; None of any other."""
+    folder = _folder_here(model, subfolder)
+    path = None if folder is None else folder / WEIGHTS_NAME
+    return None if path is None or not path.is_file() else _sha256_of_file(path)
+
+
+def _folder_here(model: str, subfolder: str | None) -> Path | None:
+    if _is_shipped(model) or os.path.isdir(model):
+        return (_SHIPPED if _is_shipped(model) else Path()) / model / (subfolder or "")
+    return None
+
+
+def _is_shipped(model: str) -> bool:
+    return re.fullmatch(r"[\w.-]+", model) is not None and (_SHIPPED / model / CONFIG_NAME).is_file()
 
 
 def _fetch(hub_id: str, subfolder: str | None, revision: str | None) -> tuple[Path, str, str]:

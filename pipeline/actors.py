@@ -92,6 +92,12 @@ class WorkerFacts:
         }
 
 
+def wanted_of_workers(manifest: DatasetManifest) -> dict[str, object]:
+    """What the workers of an output must have, by the words of `WorkerFacts.decides_bytes`."""
+    fixed = manifest.fingerprint_fields
+    return {**fixed, "model weights": manifest.model.weights_sha256, "device": fixed["device_type"]}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Beat:
     """A sign of life of an actor, with what its process counts besides."""
@@ -381,12 +387,7 @@ class EncodeActor:
 
     def _refuse_other_worker(self, facts: WorkerFacts, manifest: DatasetManifest) -> None:
         """A node with other model files, decoders or device would write other bytes than its neighbours."""
-        fixed = manifest.fingerprint_fields
-        wanted: Mapping[str, object] = {
-            **fixed,
-            "model weights": manifest.model.weights_sha256,
-            "device": fixed["device_type"],
-        }
+        wanted = wanted_of_workers(manifest)
         for what, found in facts.decides_bytes.items():
             if wanted.get(what) != found:
                 raise UsageError(

@@ -32,8 +32,8 @@ from ray._private.authentication.authentication_utils import is_token_auth_enabl
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError, RayError, RayTaskError
 
 from pipeline import sandbox
-from pipeline.actors import Beat, EncodeActor, ShardReport, WorkerFacts
-from pipeline.codec import CPU_ENVIRONMENT, load_model
+from pipeline.actors import Beat, EncodeActor, ShardReport, WorkerFacts, wanted_of_workers
+from pipeline.codec import CPU_ENVIRONMENT, load_model, weights_sha256_here
 from pipeline.columns import refuse_unknown_columns
 from pipeline.commit import (
     DecidedShard,
@@ -57,6 +57,7 @@ from pipeline.conditions import (
     records_of_ordered_repairs,
 )
 from pipeline.config import JobConfig
+from pipeline.decode import decoder_versions
 from pipeline.errors import ConfigMismatchError, LatentmillError, StorageError, UsageError
 from pipeline.estimate import estimate
 from pipeline.estimate_text import lines_of
@@ -239,7 +240,7 @@ def run(config: JobConfig, progress: Progress, metrics: RunMetrics) -> RunSummar
         interrupt.install()  # ray.init puts a handler of its own in the place of ours
         pool = _Pool(config, len(todo), progress, metrics)
         try:
-            facts = pool.start(interrupt)
+            facts = pool.start(interrupt, _wanted(stored, config))
             if facts is None:
                 return ledger.summary(EXIT_INTERRUPTED, commits_before, None, None)
             ledger.sandbox = sandbox.in_words(facts.sandbox)
@@ -667,6 +668,33 @@ class _Slot:
     stepped_s: float = 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """What actors must have, as far as it is known: of `WorkerFacts.decides_bytes`, and whose it is.
+
+    `is_binding` is False of what they should have, and need not where none of them has it.
+    """
+
+    whose: str
+    facts: Mapping[str, object]
+    is_binding: bool
+
+    def differing(self, facts: WorkerFacts) -> list[str]:
+        """What of an actor is not as wanted, in words."""
+        return [what for what, found in facts.decides_bytes.items() if self.facts.get(what, found) != found]
+
+
+def _wanted(stored: DatasetManifest | None, config: JobConfig) -> _Wanted:
+    """What the first actor must have: what the output was begun with, else it should have what the driver has."""
+    if stored is not None:
+        return _Wanted("the output", wanted_of_workers(stored), is_binding=True)
+    here: dict[str, object] = {"decoders": decoder_versions()}
+    weights_sha256 = weights_sha256_here(config.encoding)
+    return _Wanted(
+        "the driver", here | ({} if weights_sha256 is None else {"model weights": weights_sha256}), is_binding=False
+    )
+
+
 class _Pool:
     """The encoder actors of a run."""
 
@@ -691,12 +719,13 @@ class _Pool:
             "max_concurrency": 2 * _SHARDS_PER_ACTOR + 2,
             "runtime_env": {} if num_gpus else {"env_vars": CPU_ENVIRONMENT},
         }
-        self._wanted = f"{num_actors} actors of {num_cpus} CPUs and {num_gpus:g} GPUs each"
+        self._crew = f"{num_actors} actors of {num_cpus} CPUs and {num_gpus:g} GPUs each"
         self._progress = progress
         self._metrics = metrics
         self._run = config.run
         self._has_been_ready = False
-        self._first: WorkerFacts | None = None
+        self._wanted = _Wanted("nobody", {}, is_binding=False)
+        self._odd: list[tuple[_Slot, WorkerFacts]] = []
         self._awake_s = 0.0
         self._looked_s = self._fitted_s = time.monotonic()
         self._config = config
@@ -753,28 +782,36 @@ class _Pool:
             num_clips_waiting=sum(slot.num_clips_waiting for slot in ready),
         )
 
-    def start(self, interrupt: _Interrupt) -> WorkerFacts | None:
-        """Waits for the first actor; the others join as they come up. None after an interrupt.
+    def start(self, interrupt: _Interrupt, wanted: _Wanted) -> WorkerFacts | None:
+        """Waits for the first actor that is as wanted; the others join as they come up. None after an interrupt.
+
+        Where none can be what binds, the facts of the last, for `_open_output` to refuse. Where none is as it should
+        be, those are used of which there are most.
 
         Raises:
             UsageError: the model cannot be loaded.
             LatentmillError: the actor cannot work on this installation.
         """
+        self._wanted = wanted
         began = time.monotonic()
+        odd_since: float | None = None
         is_late = False
         while not interrupt.is_set:
             for slot, why in self.hanging():
                 self._progress.say("hanging", f"encoder {slot.index} {why} and is started anew")
                 self.end_hanging(slot)
             ready, _ = ray.wait(list(self.starting), timeout=_POLL_S)
-            if ready:
-                facts = self.admit(ready[0])
-                if facts is not None:
-                    self._progress.say("start", f"{self._wanted}, {facts.device_name}, model {facts.model.model}")
-                    return facts
+            facts = self.admit(ready[0]) if ready else None
+            if self._odd:
+                odd_since = odd_since or time.monotonic()
+                if not self.starting or time.monotonic() - odd_since > _PATIENCE_S:
+                    facts = self._admit_most()
+            if facts is not None:
+                self._progress.say("start", f"{self._crew}, {facts.device_name}, model {facts.model.model}")
+                return facts
             if not is_late and time.monotonic() - began > _PATIENCE_S:
                 is_late = True
-                self._progress.say("wait", f"still waiting for {self._wanted}; the cluster has {_resources()}")
+                self._progress.say("wait", f"still waiting for {self._crew}; the cluster has {_resources()}")
         return None
 
     def admit(self, started: Any) -> WorkerFacts | None:
@@ -811,23 +848,50 @@ class _Pool:
                     self._progress.say("actor", f"encoder {slot.index} does not answer yet: {_in_short(error)}")
                 self._start(slot)
             return None
-        if self._first is None:
-            self._first = facts
-        first = self._first.decides_bytes
-        differing = [what for what, found in facts.decides_bytes.items() if found != first.get(what)]
-        if differing:
-            self._give_up(
-                slot,
-                f"encoder {slot.index} on node {facts.node} is not used: its {' and '.join(differing)} differ from "
-                f"those of node {self._first.node}; give every node the same installation and model",
-            )
-            return None
-        slot.is_ready = slot.has_been_ready = self._has_been_ready = True
-        slot.num_failed_starts = slot.num_start_errors = 0
         # A sign of life: one that freezes before its first beat must not be taken for one that waits for a place.
         slot.has_been_heard, slot.heard_s = True, self._awake_s
+        slot.num_failed_starts = slot.num_start_errors = 0
+        differing = self._wanted.differing(facts)
+        if not differing:
+            return self._take_in(slot, facts)
+        if not self._wanted.is_binding:
+            self._odd.append((slot, facts))
+        elif not self._has_been_ready and (len(self.slots) == 1 or "device" in differing):
+            return facts  # no other will do: they are gone, or of the same device
+        else:
+            self._leave_out(slot, facts)
+        return None
+
+    def _take_in(self, slot: _Slot, facts: WorkerFacts) -> WorkerFacts:
+        """Takes an actor into service; from the first one on all must be like it."""
+        if not self._has_been_ready:
+            self._wanted = _Wanted(f"node {facts.node}", facts.decides_bytes, is_binding=True)
+        slot.is_ready = slot.has_been_ready = self._has_been_ready = True
         slot.node = facts.node
+        odd, self._odd = self._odd, []
+        for other, found in odd:
+            if self._wanted.differing(found):
+                self._leave_out(other, found)
+            else:
+                self._take_in(other, found)
         return facts
+
+    def _admit_most(self) -> WorkerFacts:
+        """Takes those odd actors into service that most are like."""
+        kinds = [fingerprint_of(facts.decides_bytes) for _, facts in self._odd]
+        slot, facts = self._odd.pop(kinds.index(Counter(kinds).most_common(1)[0][0]))
+        differing = " and ".join(self._wanted.differing(facts))
+        self._progress.say(
+            "actor", f"no encoder has the {differing} of {self._wanted.whose}; used are those of node {facts.node}"
+        )
+        return self._take_in(slot, facts)
+
+    def _leave_out(self, slot: _Slot, facts: WorkerFacts) -> None:
+        self._give_up(
+            slot,
+            f"encoder {slot.index} on node {facts.node} is not used: its {' and '.join(self._wanted.differing(facts))} "
+            f"differ from those of {self._wanted.whose}; give every node the same installation and model",
+        )
 
     def restart(self, slot: _Slot, *, kill: bool) -> None:
         """Takes an actor out of service until it has started anew.

@@ -174,6 +174,12 @@ def test_the_model_that_ships_is_trained_and_light() -> None:
     assert sum(path.stat().st_size for path in shipped.rglob("*") if path.is_file()) <= 5_500_000
 
 
+def test_weights_are_told_without_loading_them_where_the_model_is_here_and_never_fetched(folder: Path) -> None:
+    for model in ("small", str(folder)):
+        assert cvvae.weights_sha256_here(model) == cvvae.load(model).weights_sha256
+    assert cvvae.weights_sha256_here("OWNER/NAME") is None
+
+
 def test_the_model_that_ships_reconstructs_a_real_picture() -> None:
     with Image.open(CLIPS / "city_still.jpg") as picture:
         pixels = np.asarray(picture.convert("RGB").resize((256, 144), Image.Resampling.LANCZOS), dtype=np.float32)

@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
@@ -72,6 +73,16 @@ class FirstNeverReturns(EncodeActor):
         return super().process(spec, manifest, poison)
 
 
+class FirstIsOdd(EncodeActor):
+    """Actor 0 has other decoders than its neighbours, and is up before them."""
+
+    def start(self) -> WorkerFacts:
+        if self._name != "0":
+            time.sleep(3)
+            return super().start()
+        return replace(super().start(), decoders={"decord": "0.0"})
+
+
 class FreezesOrHangs(EncodeActor):
     """With its first shard actor 0 freezes as a whole; actor 1 hangs, and still answers."""
 
@@ -129,6 +140,7 @@ if __name__ == "__main__":
         FirstFailsAlways,
         SlowToReturn,
         FirstNeverReturns,
+        FirstIsOdd,
         FreezesOrHangs,
         Paced,
         Leisurely,

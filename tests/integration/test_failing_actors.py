@@ -10,6 +10,8 @@ import pytest
 from builders import CLIP_VIDEOS, pack_clips
 from integration.jobs_under_test import SMALL, RunningJob, commits_of, run_job
 
+from pipeline.decode import decoder_versions
+
 SCRIPT = Path(__file__).parent / "failing_actors.py"
 NUM_SHARDS = 5
 
@@ -69,6 +71,22 @@ def test_a_run_whose_last_actor_cannot_start_again_ends_undone_with_its_accounts
     assert "Traceback" not in outcome.said
     assert (outcome.result["num_shards"], outcome.result["num_shards_undone"]) == (NUM_SHARDS, NUM_SHARDS)
     assert all("No encoder is left" in why for why in outcome.result["undone"].values())
+
+
+@pytest.mark.slow
+def test_an_odd_actor_is_left_out_though_it_is_the_first_and_alone_it_is_refused_with_what_differs(
+    flags: list[str], ray_home: Mapping[str, str]
+) -> None:
+    script = [str(SCRIPT), "FirstIsOdd"]
+    with RunningJob([*flags, "--num-actors", "2", "--limit", "4"], ray_home, script=script) as job:
+        outcome = job.end()
+    assert outcome.code == 0, outcome.said
+    assert outcome.result["num_shards_done"] == 4
+    assert "its decoders differ from those of" in outcome.said
+    with RunningJob([*flags, "--num-actors", "1"], ray_home, script=script) as job:
+        outcome = job.end()
+    assert outcome.code == 3, outcome.said
+    assert outcome.result["differences"] == {"decoders": [decoder_versions(), {"decord": "0.0"}]}
 
 
 @pytest.mark.slow

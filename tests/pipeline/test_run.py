@@ -35,6 +35,7 @@ from pipeline.run import (
     _Search,
     _Slot,
     _Task,
+    _Wanted,
 )
 
 FLAGS = ["--input", "in", "--output", "out", "--model", "small"]
@@ -366,7 +367,8 @@ def _failing_pool(monkeypatch: pytest.MonkeyPatch, error: Exception) -> _Pool:
     monkeypatch.setattr(run.ray, "get", fail)
     monkeypatch.setattr(run.ray, "kill", kill)
     pool = _pool(10, 30)
-    pool._progress, pool._has_been_ready, pool._first = Progress("plain", io.StringIO()), False, None
+    pool._progress, pool._has_been_ready, pool._odd = Progress("plain", io.StringIO()), False, []
+    pool._wanted = _Wanted("the driver", {}, is_binding=False)
     pool.slots, pool.starting = [_Slot(0, _Actor()), _Slot(1, _Actor(), is_ready=True)], {}
     pool._start(pool.slots[0])
     return pool
@@ -394,27 +396,31 @@ def test_a_failed_start_in_a_run_that_works_costs_that_actor_alone(monkeypatch: 
         pool.admit(next(iter(pool.starting)))
 
 
+def _facts(node: str, decord: str, weights_sha256: str = latents.MODEL.weights_sha256) -> WorkerFacts:
+    return WorkerFacts(
+        model=replace(latents.MODEL, weights_sha256=weights_sha256),
+        columns={},
+        device_type="cpu",
+        device_name="cpu",
+        decoders={"decord": decord},
+        sandbox={},
+        versions={},
+        node=node,
+        pid=1,
+    )
+
+
 def test_an_actor_on_a_node_with_another_installation_is_not_used_and_ends_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     pool = _failing_pool(monkeypatch, RayActorError())
     first, other = pool.slots
-    facts = WorkerFacts(
-        model=latents.MODEL,
-        columns={},
-        device_type="cpu",
-        device_name="cpu",
-        decoders={"decord": "0.6"},
-        sandbox={},
-        versions={},
-        node="one",
-        pid=1,
-    )
+    facts = _facts("one", "0.6")
     monkeypatch.setattr(run.ray, "get", lambda _: facts)
     assert pool.admit(next(iter(pool.starting))) == facts
     pool._awake_s += 11
     assert "did not answer for 11 s" in str(pool._why_hanging(first)), "that it started was its last sign of life"
-    monkeypatch.setattr(run.ray, "get", lambda _: replace(facts, node="two", decoders={"decord": "0.7"}))
+    monkeypatch.setattr(run.ray, "get", lambda _: _facts("two", "0.7"))
     said = io.StringIO()
     pool._progress = Progress("plain", said)
     pool._start(other)
@@ -428,6 +434,57 @@ def test_an_actor_on_a_node_with_another_installation_is_not_used_and_ends_nothi
     pool._place, pool._fitted_s = (1, 0.0), -run._FIT_S
     pool.fit(9)
     assert pool.slots == [first]
+
+
+def _started(
+    monkeypatch: pytest.MonkeyPatch, wanted: _Wanted, *nodes: WorkerFacts
+) -> tuple[WorkerFacts | None, list[int], str]:
+    """What a pool begins with whose actors come up in this order: facts, the actors that stay, what was said."""
+    pool, said = _failing_pool(monkeypatch, RayActorError()), io.StringIO()
+    pool._progress, pool._crew, pool.slots, pool.starting = Progress("plain", said), "actors", [], {}
+    pool.slots = [_Slot(number, _Actor()) for number in range(len(nodes))]
+    for slot in pool.slots:
+        pool._start(slot)
+    found = dict(zip(pool.starting, nodes, strict=True))
+    monkeypatch.setattr(run.ray, "get", found.__getitem__)
+    monkeypatch.setattr(run.ray, "wait", lambda pending, **_: (pending[:1], pending[1:]))
+    facts = pool.start(_Interrupt(), wanted)
+    while pool.starting:
+        pool.admit(next(iter(pool.starting)))
+    assert all(slot.is_ready for slot in pool.slots) or len(pool.slots) == 1
+    return facts, [slot.index for slot in pool.slots], said.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("first", "what"), [(_facts("odd", "0.7"), "decoders"), (_facts("odd", "0.6", "0" * 64), "model weights")]
+)
+@pytest.mark.parametrize("whose", ["the output", "the driver"])
+def test_a_first_actor_that_is_the_odd_one_is_left_out_and_the_others_go_on(
+    whose: str, first: WorkerFacts, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good = [_facts("one", "0.6"), _facts("two", "0.6")]
+    wanted = _Wanted(whose, good[0].decides_bytes, is_binding=whose == "the output")
+    facts, used, said = _started(monkeypatch, wanted, first, *good)
+    assert (facts, used) == (good[0], [1, 2])
+    assert f"encoder 0 on node odd is not used: its {what} differ from those of" in said
+
+
+def test_where_no_actor_is_as_the_driver_those_that_most_are_like_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = _Wanted("the driver", {"decoders": {"decord": "0.5"}}, is_binding=False)
+    facts, used, said = _started(monkeypatch, wanted, _facts("odd", "0.7"), _facts("one", "0.6"), _facts("two", "0.6"))
+    assert facts == _facts("one", "0.6")
+    assert used == [1, 2]
+    assert "no encoder has the decoders of the driver; used are those of node one" in said
+    assert "encoder 0 on node odd is not used: its decoders differ from those of node one" in said
+
+
+def test_where_no_actor_is_as_the_output_opening_it_is_left_to_say_what_differs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    wanted = _Wanted("the output", {"decoders": {"decord": "0.5"}}, is_binding=True)
+    facts, used, said = _started(monkeypatch, wanted, _facts("one", "0.6"), _facts("two", "0.6"))
+    assert (facts, used) == (_facts("two", "0.6"), [1])
+    assert "encoder 0 on node one is not used: its decoders differ from those of the output" in said
 
 
 def test_an_actor_that_was_killed_while_it_started_is_waited_for_as_one_that_comes_back(
