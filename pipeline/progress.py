@@ -45,12 +45,40 @@ class Crew:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Quality:
+    """What the clips gave that were decoded back, up to one moment. None before the first of them.
+
+    Attributes:
+        latent_deviation: of all channels together, scaled.
+        alarms: how often each kind rang.
+    """
+
+    num_clips: int
+    psnr_mean_db: float | None
+    psnr_worst_db: float | None
+    latent_deviation: float | None
+    alarms: Mapping[str, int]
+
+    def text(self) -> str:
+        """In a few words for people."""
+        figures = ""
+        if self.psnr_mean_db is not None and self.psnr_worst_db is not None and self.latent_deviation is not None:
+            figures = (
+                f", PSNR {self.psnr_mean_db:.1f} dB, worst {self.psnr_worst_db:.1f}, "
+                f"latents' deviation {self.latent_deviation:.2f}"
+            )
+        alarms = ", ".join(f"{kind} {number:,}" for kind, number in self.alarms.items())
+        return f"quality of {self.num_clips:,} clips{figures}, alarms: {alarms or 'none'}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Standing:
     """How far a run is, at one moment.
 
     Attributes:
         reasons: rejections by reason code.
         num_retries: attempts at a shard that failed.
+        quality: None where no clip is decoded back.
     """
 
     num_shards: int
@@ -65,19 +93,21 @@ class Standing:
     eta_s: float | None
     elapsed_s: float
     crew: Crew
+    quality: Quality | None = None
 
     def line(self) -> str:
         """One line for people."""
         busy = "" if self.crew.encoder_busy_share is None else f", busy {self.crew.encoder_busy_share:.0%}"
+        quality = "" if self.quality is None else f"  {self.quality.text()}"
         return (
             f"shards {self.num_shards_done}/{self.num_shards} ({self.num_shards_running} running{self._undone()})  "
             f"clips {self.num_records} at {self.clips_per_s:.2f}/s  rejected {self.num_rejected}  "
             f"encoders {self.crew.num_encoders_ready}/{self.crew.num_encoders}{busy}  retries {self.num_retries}  "
-            f"elapsed {duration_text(self.elapsed_s)}  ETA {self._eta()}"
+            f"elapsed {duration_text(self.elapsed_s)}  ETA {self._eta()}{quality}"
         )
 
     def view(self) -> Group:
-        """Some lines for a terminal, at most five."""
+        """Some lines for a terminal: four, one about rejections, and one about quality where that is looked at."""
         crew = self.crew
         total = max(1, self.num_shards)
         shards = Table.grid(padding=(0, 2), expand=True)
@@ -97,6 +127,8 @@ class Standing:
             f"clips {self.num_records:,} at {self.clips_per_s:.2f}/s, {crew.num_clips_waiting} decoded and waiting",
             f"encoders {crew.num_encoders_ready} of {crew.num_encoders}{nodes}, busy {busy}",
         ]
+        if self.quality is not None:
+            lines.append(self.quality.text())
         rejected = f"rejected {self.num_rejected:,}"
         most = sorted(self.reasons.items(), key=lambda reason: (-reason[1], reason[0]))
         if most:

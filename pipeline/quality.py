@@ -22,7 +22,7 @@ import torch
 from pipeline.codec import LatentDecoder
 from pipeline.config import RunConfig
 from pipeline.metrics import QUALITY_ALARMS, RunMetrics
-from pipeline.progress import Progress
+from pipeline.progress import Progress, Quality
 from pipeline.records import Clip, ClipFailure, LatentRecord, ModelFacts
 from pipeline.store import Steps
 
@@ -368,6 +368,20 @@ class RunQuality:
         if number & (number - 1) == 0:
             self._progress.say("quality", f"quality alarm {kind!r}, number {number}: {message}")
 
+    def standing(self) -> Quality:
+        """What a view of the run shows."""
+        has_any = self._worst is not None
+        return Quality(
+            num_clips=self._num_clips,
+            psnr_mean_db=round(self._psnr_sum_db / self._num_clips, 3) if has_any else None,
+            psnr_worst_db=None if self._worst is None else round(self._worst[1].psnr_db, 3),
+            latent_deviation=round(_of_all(self._channels.scaled(self._model)[1]), 4) if has_any else None,
+            alarms=self._alarms_by_kind(),
+        )
+
+    def _alarms_by_kind(self) -> dict[str, int]:
+        return {kind: self._alarms[kind] for kind in QUALITY_ALARMS if self._alarms[kind]}
+
     def facts(self) -> dict[str, object]:
         """What the result line says; JSON-safe. `channels` are scaled; both are None where no clip was looked at."""
         psnr: dict[str, object] | None = None
@@ -392,5 +406,5 @@ class RunQuality:
             "psnr_db": psnr,
             "non_finite": {"clips_rejected": self._num_nonfinite_clips, "decoded_values": self._num_nonfinite_values},
             "channels": channels,
-            "alarms": {kind: self._alarms[kind] for kind in QUALITY_ALARMS if self._alarms[kind]},
+            "alarms": self._alarms_by_kind(),
         }

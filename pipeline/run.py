@@ -510,6 +510,7 @@ class _Ledger:
             eta_s=eta_s,
             elapsed_s=time.monotonic() - self._started,
             crew=crew,
+            quality=None if self.quality is None else self.quality.standing(),
         )
 
     def close(self, snapshot: Snapshot | None, is_trained: bool | None) -> RunSummary:

@@ -13,7 +13,7 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from pipeline.progress import Crew, Progress, RateMeter, Standing
+from pipeline.progress import Crew, Progress, Quality, RateMeter, Standing
 
 _STANDING = Standing(
     num_shards=10,
@@ -28,6 +28,9 @@ _STANDING = Standing(
     eta_s=3725.0,
     elapsed_s=60.0,
     crew=Crew(num_encoders=4, num_encoders_ready=3, num_nodes=2, encoder_busy_share=0.934, num_clips_waiting=17),
+)
+_QUALITY = Quality(
+    num_clips=1234, psnr_mean_db=31.26, psnr_worst_db=18.9, latent_deviation=0.841, alarms={"psnr": 2, "channels": 1}
 )
 
 
@@ -63,6 +66,23 @@ def test_a_terminal_shows_five_lines_that_never_wrap(width: int) -> None:
         assert "17 decoded and waiting" in text
         assert "encoders 3 of 4 on 2 nodes, busy 93%" in text
         assert "rejected 4: reason_8 8, reason_7 7, reason_6 6, reason_5 5, 4 more reasons" in text
+
+
+def test_a_run_whose_clips_are_decoded_back_shows_their_quality_and_its_alarms_on_the_way() -> None:
+    standing = replace(_STANDING, quality=_QUALITY)
+    text = "quality of 1,234 clips, PSNR 31.3 dB, worst 18.9, latents' deviation 0.84, alarms: psnr 2, channels 1"
+    assert text in standing.line()
+    stream = io.StringIO()
+    Console(file=stream, width=120, highlight=False).print(standing.view())
+    assert len(stream.getvalue().splitlines()) == 6
+    assert text in stream.getvalue()
+    stream = io.StringIO()
+    with Progress("json", stream) as progress:
+        progress.show(standing)
+    shown = json.loads(stream.getvalue())["quality"]
+    assert (shown["num_clips"], shown["psnr_worst_db"], shown["alarms"]) == (1234, 18.9, {"psnr": 2, "channels": 1})
+    none_yet = Quality(num_clips=0, psnr_mean_db=None, psnr_worst_db=None, latent_deviation=None, alarms={})
+    assert none_yet.text() == "quality of 0 clips, alarms: none"
 
 
 def test_a_live_view_is_drawn_on_a_terminal_and_messages_stay_above_it() -> None:

@@ -30,7 +30,7 @@ from pipeline.decode import DecodePool
 from pipeline.inputs import FoundVersions
 from pipeline.metrics import RunMetrics
 from pipeline.plan import plan_shards
-from pipeline.progress import Progress
+from pipeline.progress import Crew, Progress, Quality
 from pipeline.quality import ClipQuality, Inspection, RunQuality, ShardQuality, floor_db, is_chosen, psnr_db
 from pipeline.records import Clip, DatasetManifest, ModelFacts, ShardSpec
 from pipeline.redo import Retries
@@ -432,6 +432,10 @@ def test_the_summary_of_a_run_and_its_metrics_say_what_was_seen(
     assert value("psnr_mean_db") == value("psnr_worst_db") == 12
     assert value("latent_deviation") == pytest.approx(3)
     assert value("latent_mean") == pytest.approx(0)
+    shown = run.standing(0, Crew()).quality
+    assert shown == Quality(
+        num_clips=40, psnr_mean_db=12.0, psnr_worst_db=12.0, latent_deviation=3.0, alarms={"psnr": 1, "channels": 1}
+    )
 
 
 def test_a_run_that_looks_at_nothing_says_nothing_of_quality(
@@ -442,4 +446,5 @@ def test_a_run_that_looks_at_nothing_says_nothing_of_quality(
     _, (report,) = _encode(_config(inputs, tmp_path / "out"), 0)
     run.add(spec, report, actor=0)
     assert run.summary(0, [], None, True).quality is None
+    assert run.standing(0, Crew()).quality is None
     assert run.metrics.registry.get_sample_value("latentmill_quality_psnr_mean_db") is None
