@@ -123,7 +123,7 @@ def export(
             "to": to,
             "fingerprint": manifest.fingerprint,
             "snapshot": pinned.number,
-            "snapshot_digest": pinned.digest,
+            "snapshot_digest": pinned.contents.digest,
             "text": None if texts is None else texts.manifest.fingerprint,
         }
         files = data_files(pinned.commits, source, cache)

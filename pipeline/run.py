@@ -17,7 +17,7 @@ import signal
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from ipaddress import ip_address
@@ -37,9 +37,9 @@ from pipeline.codec import CPU_ENVIRONMENT, load_model, weights_sha256_here
 from pipeline.columns import refuse_unknown_columns
 from pipeline.commit import (
     DecidedShard,
-    Snapshot,
     check_store,
     committed_ids,
+    counts_of_shards,
     decided_shards,
     fingerprint_of,
     known_commits,
@@ -47,6 +47,7 @@ from pipeline.commit import (
     publish_snapshot,
     read_manifest,
     refuse_differences,
+    snapshot_commits,
 )
 from pipeline.committed import FileCache
 from pipeline.conditions import (
@@ -66,7 +67,7 @@ from pipeline.metrics import RunMetrics
 from pipeline.plan import InputChange, UnwrittenSlices, changed_inputs, infer_passthrough, plan_shards
 from pipeline.progress import Crew, Progress, RateMeter, Standing
 from pipeline.quality import RunQuality
-from pipeline.records import Commit, DatasetManifest, ShardSpec, sum_counts
+from pipeline.records import DatasetManifest, ShardCounts, ShardSpec, sum_counts
 from pipeline.redo import Retries, ordered_repairs, repairs, retries
 from pipeline.scratch import Scratch
 from pipeline.storage import ObjectStore, allow_web_inputs, open_store
@@ -214,27 +215,32 @@ def run(config: JobConfig, progress: Progress, metrics: RunMetrics) -> RunSummar
         f"{len(specs)} shards planned, {len(specs) - len(open_specs)} decided before, {len(todo)} to do in this run"
         + (f", of these {len(again.specs)} once more" if again.specs else ""),
     )
-    commits_before = [commit for shard in before.values() for commit in shard.commits]
-    if config.run.dry_run and not config.run.dry_run_seconds:
-        return ledger.summary(EXIT_OK, commits_before, None, None)
     if config.run.dry_run:
+        counts_before = {shard_id: shard.counts for shard_id, shard in before.items()}
+        summary = ledger.summary(EXIT_OK, counts_before, None, None)
+        if not config.run.dry_run_seconds:
+            return summary
         found = estimate(
             config,
             specs,
             todo,
             store,
             stored,
-            commits_before,
+            [commit for shard in before.values() for commit in shard.commits],
             unwritten,
             snapshot_every=_SNAPSHOT_EVERY,
             snapshot_growth=_SNAPSHOT_GROWTH,
         )
         progress.lines(lines_of(found))
-        return replace(ledger.summary(EXIT_OK, commits_before, None, None), estimate=asdict(found))
+        return replace(summary, estimate=asdict(found))
+    # 2 kB a shard, which a run of days need not hold.
+    del before
+    _give_memory_back()
     if not todo:
         if stored is not None:
             _refuse_other_model(store, stored, config)
-        return ledger.close(_publish(store, config), None if stored is None else stored.model.is_trained)
+        number = _publish(store, config)
+        return ledger.close(_counts_in(store, number), number, None if stored is None else stored.model.is_trained)
     check_store(store, config.run.single_writer)
     with _interrupts() as interrupt, _ray(config, progress):
         interrupt.install()  # ray.init puts a handler of its own in the place of ours
@@ -242,7 +248,7 @@ def run(config: JobConfig, progress: Progress, metrics: RunMetrics) -> RunSummar
         try:
             facts = pool.start(interrupt, _wanted(stored, config))
             if facts is None:
-                return ledger.summary(EXIT_INTERRUPTED, commits_before, None, None)
+                return ledger.summary(EXIT_INTERRUPTED, counts_of_shards(known_commits(store)), None, None)
             ledger.sandbox = sandbox.in_words(facts.sandbox)
             progress.say("sandbox", f"decode children are kept in by: {ledger.sandbox}")
             manifest = _open_output(store, stored, config, facts, specs)
@@ -253,22 +259,33 @@ def run(config: JobConfig, progress: Progress, metrics: RunMetrics) -> RunSummar
             _Dispatch(pool, manifest, ledger, interrupt, progress, store, config).until_decided()
         finally:
             pool.stop()
-    snapshot = _publish(store, config)
+    number = _publish(store, config)
+    counts = _counts_in(store, number)
     if interrupt.is_set:
-        return ledger.summary(EXIT_INTERRUPTED, snapshot.commits, snapshot, manifest.model.is_trained)
-    return ledger.close(snapshot, manifest.model.is_trained)
+        return ledger.summary(EXIT_INTERRUPTED, counts, number, manifest.model.is_trained)
+    return ledger.close(counts, number, manifest.model.is_trained)
 
 
-def _publish(store: ObjectStore, config: JobConfig) -> Snapshot:
+def _publish(store: ObjectStore, config: JobConfig) -> int:
+    """The number of a snapshot that holds every commit of now."""
     publish_sets(store, config.column_sets)
-    return publish_snapshot(store)
+    return publish_snapshot(store).number
+
+
+def _counts_in(store: ObjectStore, number: int) -> dict[str, ShardCounts]:
+    """The accounts of every shard of a snapshot."""
+    return counts_of_shards(snapshot_commits(store, number))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Again:
-    """What of the decided shards concerns this run: inputs that changed, rejections to retry, records to repair."""
+    """What of the decided shards concerns this run: inputs that changed, rejections to retry, records to repair.
 
-    before: Mapping[str, DecidedShard]
+    Attributes:
+        num_videos_ok: of each shard with rejections to retry, before that.
+    """
+
+    num_videos_ok: Mapping[str, int]
     changes: Sequence[InputChange]
     retried: Retries
     repaired: Sequence[ShardSpec]
@@ -322,7 +339,12 @@ def _again(
             f"{retried.num_videos} rejected videos of {len(retried.specs)} shards are tried again; {retried.num_spent} "
             f"had their {config.run.max_attempts} attempts before (--max-attempts)",
         )
-    return _Again(before=before, changes=changes, retried=retried, repaired=repaired)
+    return _Again(
+        num_videos_ok={spec.base_id: before[spec.base_id].counts.num_videos_ok for spec in retried.specs},
+        changes=changes,
+        retried=retried,
+        repaired=repaired,
+    )
 
 
 def _refuse_other_encoding(store: ObjectStore, stored: DatasetManifest, config: JobConfig) -> None:
@@ -513,12 +535,11 @@ class _Ledger:
             quality=None if self.quality is None else self.quality.standing(),
         )
 
-    def close(self, snapshot: Snapshot | None, is_trained: bool | None) -> RunSummary:
+    def close(self, counts: Mapping[str, ShardCounts], snapshot: int, is_trained: bool | None) -> RunSummary:
         """The summary of a run that came to its end, with the exit code that follows from the accounts."""
-        summary = self.summary(EXIT_OK, snapshot.commits if snapshot else (), snapshot, is_trained)
-        decided = {commit.shard_id for commit in snapshot.commits} if snapshot else set()
+        summary = self.summary(EXIT_OK, counts, snapshot, is_trained)
         # The last attempt may have died just after its commit, or another job may have been faster.
-        num_undone = len(set(self._planned) - decided)
+        num_undone = len(set(self._planned) - counts.keys())
         summary = replace(summary, num_shards_undone=num_undone)
         if num_undone or self._redone_ids.keys() - self.done:
             return replace(summary, exit_code=EXIT_UNDONE)
@@ -527,12 +548,15 @@ class _Ledger:
         return summary
 
     def summary(
-        self, exit_code: int, commits: Iterable[Commit], snapshot: Snapshot | None, is_trained: bool | None
+        self, exit_code: int, counts: Mapping[str, ShardCounts], snapshot: int | None, is_trained: bool | None
     ) -> RunSummary:
-        """The accounts of every planned shard among the commits."""
-        planned = set(self._planned)
-        shards = {shard.shard_id: shard for shard in decided_shards(commits) if shard.shard_id in planned}
-        totals = sum_counts(shard.counts for shard in shards.values())
+        """The accounts of every planned shard that has some.
+
+        Args:
+            counts: shard id -> what its records state.
+            snapshot: the number of the one that holds them.
+        """
+        totals = sum_counts(counts[shard_id] for shard_id in self._planned if shard_id in counts)
         elapsed_s = time.monotonic() - self._started
         redone = [spec for name, spec in self._redone_ids.items() if name in self.done]
         retried = [spec.redo for spec in redone if spec.redo is not None and spec.redo.replaces is None]
@@ -547,9 +571,9 @@ class _Ledger:
             num_shards_retried=len(retried),
             num_videos_retried=sum(1 if redo.keys is None else len(redo.keys) for redo in retried),
             num_videos_recovered=sum(
-                shards[redo.shard_id].counts.num_videos_ok - self._again.before[redo.shard_id].counts.num_videos_ok
+                counts[redo.shard_id].num_videos_ok - self._again.num_videos_ok[redo.shard_id]
                 for redo in retried
-                if redo.shard_id in shards
+                if redo.shard_id in counts
             ),
             num_videos_spent=self._again.retried.num_spent,
             num_records_repaired=len(redone) - len(retried),
@@ -565,7 +589,7 @@ class _Ledger:
             num_clips_rejected=totals.num_clips_rejected,
             num_frames=totals.num_frames,
             reasons=totals.reasons,
-            snapshot=None if snapshot is None else snapshot.number,
+            snapshot=snapshot,
             elapsed_s=round(elapsed_s, 3),
             clips_per_s=round(self._num_records / elapsed_s, 4),
             is_trained=is_trained,

@@ -59,6 +59,8 @@ def requests_to_output(work: Work) -> dict[str, int]:
     _begin(sent, work)
     for _ in range(1 + work.num_sets):
         _publish_all(sent, work)
+    # The accounts of all shards are read from the last one.
+    sent["get"] += _snapshot_reads(work.num_records + work.num_shards)
     # The driver looks whether it sees what its actors committed.
     sent["list"] += _pages(work.num_records + work.num_shards)
     # An actor looks whether the shard is decided; to create the record it looks once more.
@@ -114,8 +116,8 @@ def _publish(sent: Counter[str], num_records: int, published: int | None) -> int
         return num_records
     num_full = (published or 0) // SEGMENT_COMMITS
     num_segments = math.ceil((num_records - num_full * SEGMENT_COMMITS) / SEGMENT_COMMITS)
-    # Full segments are read once more, to see what they hold; the others are packed anew, and then the snapshot.
-    sent["get"] += num_full + num_segments + 1
+    # Full segments stay; all else is packed anew, and then the snapshot.
+    sent["get"] += num_segments + 1
     sent["put"] += num_segments + 1
     return num_records
 

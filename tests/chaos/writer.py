@@ -33,6 +33,7 @@ from pipeline.commit import (
     put_written_file,
     read_commit,
     read_data_file,
+    snapshot_commits,
 )
 from pipeline.config import DecodeLimits, JobConfig, parse_arguments
 from pipeline.errors import StorageError
@@ -103,8 +104,8 @@ def _drive(config: JobConfig, chance: random.Random) -> None:
         _encode(store, spec, manifest, config)
         if chance.random() < 0.6:
             publish_snapshot(store)
-    snapshot = publish_snapshot(store)
-    assert {commit.shard_id for commit in snapshot.commits} >= {spec.shard_id for spec in specs}
+    number = publish_snapshot(store).number
+    assert {commit.shard_id for commit in snapshot_commits(store, number)} >= {spec.shard_id for spec in specs}
     for commit in load_commits(store):
         for file in commit.files:
             read_data_file(store, file)

@@ -31,6 +31,7 @@ import pipeline.commit
 import pipeline.store
 from pipeline.commit import (
     DecidedShard,
+    Snapshot,
     check_store,
     commit_shard,
     committed_ids,
@@ -65,6 +66,11 @@ from pipeline.records import DatasetManifest, FileStat, ModelFacts
 from pipeline.storage import ObjectStore, open_store
 
 Answer = Callable[["Wayward", str, bytes], None]
+
+
+def published(store: ObjectStore) -> Snapshot:
+    """A new snapshot, as it is read."""
+    return read_snapshot(store, publish_snapshot(store).number)
 
 
 class Wayward:
@@ -252,8 +258,8 @@ def test_a_commit_comes_back_as_it_was_written(store: ObjectStore) -> None:
     assert read_commit(store, commit.shard_id, generation=2) is None
     assert committed_ids(store) == {commit.shard_id, f"{commit.shard_id}.r1"}
     assert list(load_commits(store)) == [commit, retry]
-    assert publish_snapshot(store).commits == (commit, retry)
-    assert latest_snapshot(store) == publish_snapshot(store)
+    assert published(store).commits == (commit, retry)
+    assert latest_snapshot(store) == published(store)
 
 
 def test_a_shard_is_what_its_generations_together_say(store: ObjectStore) -> None:
@@ -275,7 +281,7 @@ def test_a_shard_is_what_its_generations_together_say(store: ObjectStore) -> Non
     assert shard.next_generation == 4
     other = make_commit("b", num_records=7)
     commit_shard(store, other)
-    snapshot = publish_snapshot(store)
+    snapshot = published(store)
     assert decided_shards(snapshot.commits) == (shard, read_shard(store, "b"))
     assert snapshot.num_records == 5 + 7
     assert json.loads(store.get(f"snapshots/{snapshot.number:012d}.json"))["num_records"] == 12
@@ -316,7 +322,7 @@ def test_a_list_that_missed_a_generation_is_completed_from_its_successor(store: 
         def list(self, prefix: str) -> Iterator[Any]:
             return (info for info in self.store.list(prefix) if not info.key.endswith(("/a.json", "/a.r1.json")))
 
-    snapshot = publish_snapshot(Torn(store))  # type: ignore[arg-type]
+    snapshot = published(Torn(store))  # type: ignore[arg-type]
     assert snapshot.commits == (first, *retries)
 
 
@@ -452,26 +458,26 @@ def test_a_writer_killed_between_data_and_commit_leaves_a_readable_output(store:
     attempt.communicate()
     assert store.head(orphan) is not None
     assert committed_ids(store) == {done.shard_id}
-    assert publish_snapshot(store).commits == (done,)
+    assert published(store).commits == (done,)
     assert read_manifest(store) == manifest
     file = put_data_file(store, tmp_path / "x", shard_id="00000-1234abcd", content="parquet", num_rows=1)
     assert file.key == orphan
     commit = make_commit(files=(file,))
     assert commit_shard(store, commit) == "committed"
-    assert publish_snapshot(store).commits == (commit, done)
+    assert published(store).commits == (commit, done)
 
 
 def test_snapshots_are_numbered_and_only_change_by_commits(store: ObjectStore) -> None:
     assert latest_snapshot(store) is None
-    empty = publish_snapshot(store)
-    assert (empty.number, empty.commits, empty.segments) == (1, (), ())
+    empty = published(store)
+    assert (empty.number, empty.commits, empty.contents.segments) == (1, (), ())
     first, second = make_commit("a"), make_commit("b", num_records=3)
     commit_shard(store, second)
-    two = publish_snapshot(store)
+    two = published(store)
     assert (two.number, two.commits) == (2, (second,))
-    assert publish_snapshot(store) == two
+    assert publish_snapshot(store) == two.contents
     commit_shard(store, first)
-    three = publish_snapshot(store)
+    three = published(store)
     assert (three.number, three.commits, three.num_records) == (3, (first, second), 5)
     assert read_snapshot(store, 2) == two
     assert latest_snapshot(store) == three
@@ -539,7 +545,7 @@ def test_a_publisher_that_lost_its_number_merges_again_under_the_next(store: Obj
                 commit_shard(self.store, make_commit("late"))
             self.store.put_if_absent(key, data)
 
-    snapshot = publish_snapshot(Overtaken(store))  # type: ignore[arg-type]
+    snapshot = published(Overtaken(store))  # type: ignore[arg-type]
     assert snapshot.number == 2
     assert [commit.shard_id for commit in snapshot.commits] == ["late", "ours", "theirs"]
     assert latest_snapshot(store) == snapshot
@@ -556,7 +562,7 @@ def test_racing_publishers_lose_no_commit_and_take_each_number_once(store: Objec
 
     with ThreadPoolExecutor(3) as pool:
         list(pool.map(work, range(3)))
-    last = publish_snapshot(store)
+    last = published(store)
     assert {commit.shard_id for commit in last.commits} == {f"{n}-{s}" for n in range(3) for s in range(3)}
     names: set[str] = set()
     for number in range(1, last.number + 1):
@@ -640,4 +646,4 @@ def test_a_store_that_ignores_conditions_is_refused_unless_one_writer_is_promise
     assert create_once(rclone_store, "y", b"second") == b"first"
     first, second = make_commit(), make_commit()
     assert [commit_shard(rclone_store, commit) for commit in (first, second)] == ["committed", "lost_race"]
-    assert publish_snapshot(rclone_store).commits == (first,)
+    assert published(rclone_store).commits == (first,)

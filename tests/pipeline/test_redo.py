@@ -23,12 +23,14 @@ from pipeline.audit import audit
 from pipeline.cli import main
 from pipeline.commit import (
     DecidedShard,
+    counts_of_shards,
     decided_shards,
     known_commits,
     name_of,
     open_dataset,
     publish_snapshot,
     put_data_file,
+    snapshot_commits,
 )
 from pipeline.committed import FileCache
 from pipeline.config import JobConfig, parse_arguments
@@ -526,7 +528,9 @@ def test_the_result_line_counts_what_was_done_once_more(job: Job) -> None:
     ledger = _Ledger(list(before), again.specs, again, 0.0, config, RunMetrics())
     for spec in again.specs:
         ledger.add(spec, job.actor.process(spec, job.manifest), 0)
-    summary = ledger.close(publish_snapshot(job.store), True)
+    number = publish_snapshot(job.store).number
+    counts = counts_of_shards(snapshot_commits(job.store, number))
+    summary = ledger.close(counts, number, True)
     assert (summary.exit_code, summary.num_shards, summary.num_shards_done) == (0, 2, 0)
     assert (summary.num_shards_done_before, summary.num_shards_undone) == (2, 0)
     # Two empty files were tried again: one was mended.
@@ -535,4 +539,4 @@ def test_the_result_line_counts_what_was_done_once_more(job: Job) -> None:
     assert (summary.num_videos, summary.num_videos_ok, summary.reasons) == (3, 2, {"empty_file": 1})
     # Left undone, the same is work left.
     undone = _Ledger(list(before), again.specs, again, 0.0, config, RunMetrics())
-    assert undone.close(publish_snapshot(job.store), True).exit_code == 4
+    assert undone.close(counts, number, True).exit_code == 4

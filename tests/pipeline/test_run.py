@@ -82,7 +82,7 @@ def _spec(number: int) -> ShardSpec:
 def _dispatch(num_shards: int, said: io.StringIO) -> _Dispatch:
     specs = [_spec(number) for number in range(num_shards)]
     retried = Retries(specs=(), num_videos=0, num_spent=0, refused={})
-    again = _Again(before={}, changes=(), retried=retried, repaired=())
+    again = _Again(num_videos_ok={}, changes=(), retried=retried, repaired=())
     ledger = _Ledger([s.shard_id for s in specs], specs, again, time.monotonic(), parse_arguments(FLAGS), RunMetrics())
     nothing: Any = None
     return _Dispatch(nothing, nothing, ledger, _Interrupt(), Progress("plain", said), nothing, 1.0)

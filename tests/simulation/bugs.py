@@ -163,13 +163,14 @@ def _by_age_with_names_of_the_attempt(world: World) -> Iterator[None]:
 
 @contextmanager
 def _only_what_is_new(world: World) -> Iterator[None]:
-    real = protocol._write_segments
+    real = protocol._Merged
 
-    def write(store: Any, number: int, latest: Any, commits: Any) -> Any:
-        old = set() if latest is None else {protocol.name_of(commit) for commit in latest.commits}
-        return real(store, number, None, {name: commit for name, commit in commits.items() if name not in old})
+    def merged(store: Any, names: Any, latest: Any) -> Any:
+        found = real(store, names, latest)
+        found._kept, found._loose, found._lines, found._last = [], {}, [], {}
+        return found
 
-    with patch.object(protocol, "_write_segments", write):
+    with patch.object(protocol, "_Merged", merged):
         yield
 
 
