@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import TextIO
@@ -23,6 +24,7 @@ from pipeline.errors import printable
 
 _PLAIN_INTERVAL_S = 10.0
 _RATE_WINDOW_S = 300.0
+_RATE_STEP_S = 1.0
 _MOST_REASONS = 4
 
 
@@ -164,14 +166,16 @@ class RateMeter:
     """Rates over the last minutes, so that an ETA follows the present speed and not the start-up."""
 
     def __init__(self) -> None:
-        self._points: list[tuple[float, int, int]] = [(time.monotonic(), 0, 0)]
+        self._points: deque[tuple[float, int, int]] = deque([(time.monotonic(), 0, 0)])
 
     def add(self, num_shards_done: int, num_records: int) -> None:
-        """Notes the totals of now."""
+        """Notes the totals of now; of those that come within a second the last is kept."""
         now = time.monotonic()
+        if len(self._points) > 2 and now - self._points[-2][0] < _RATE_STEP_S:
+            self._points.pop()
         self._points.append((now, num_shards_done, num_records))
         while len(self._points) > 2 and self._points[1][0] < now - _RATE_WINDOW_S:
-            self._points.pop(0)
+            self._points.popleft()
 
     def rates(self) -> tuple[float, float]:
         """Shards and clips per second since the oldest point that is kept."""

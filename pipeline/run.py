@@ -80,6 +80,7 @@ RESULT_VERSION = 1
 _SHARDS_PER_ACTOR = 2
 _LOOK_AHEAD = 100
 _POLL_S = 0.5
+_LOOK_S = 0.2
 _STOP_S = 5.0
 _BEAT_S = 2.0
 _FIT_S = 5.0
@@ -1147,6 +1148,7 @@ class _Dispatch:
 
     def _work(self) -> None:
         last_snapshot = 0
+        looked_s = float("-inf")
         while not self._interrupt.is_set and self._ledger.num_left:
             why_hopeless = self._why_hopeless()
             if why_hopeless is None:
@@ -1154,15 +1156,19 @@ class _Dispatch:
             elif not self._running:
                 raise _HopelessError(why_hopeless)
             self._take_back(_POLL_S)
-            for slot, why in self._pool.hanging():
-                self._end_hanging(slot, why)
-            self._pool.fit(len(self._waiting))
             num_new = len(self._ledger.done) - last_snapshot
             if num_new >= max(_SNAPSHOT_EVERY, _SNAPSHOT_GROWTH * self._ledger.num_decided):
                 _publish(self._store, self._config)
                 _give_memory_back()
                 last_snapshot = len(self._ledger.done)
+            # All actors are looked at, so not for every shard that one of a thousand returns.
+            if time.monotonic() - looked_s < _LOOK_S:
+                continue
+            for slot, why in self._pool.hanging():
+                self._end_hanging(slot, why)
+            self._pool.fit(len(self._waiting))
             self._progress.show(self._ledger.standing(len(self._running), self._pool.crew()))
+            looked_s = time.monotonic()
         if self._interrupt.is_set:
             self._progress.say("interrupt", "interrupted: ending what is about to be committed; again to stop at once")
             deadline = time.monotonic() + self._config.run.grace_s
@@ -1207,24 +1213,26 @@ class _Dispatch:
 
     def _next_for(self, slot: _Slot) -> ShardSpec | None:
         """The first waiting shard that this actor may take; one that failed there goes elsewhere if it can."""
-        has_others = sum(other.is_ready for other in self._pool.slots) > 1
         for spec in islice(self._waiting, _LOOK_AHEAD):
-            if has_others and self._failed_on.get(spec.shard_id) == slot.index:
+            if self._failed_on.get(spec.shard_id) == slot.index and self._has_others(slot):
                 continue
             if slot.held and self._suspects & {spec.shard_id, *slot.held}:
                 continue
             return spec
         return None
 
+    def _has_others(self, slot: _Slot) -> bool:
+        return any(other.is_ready for other in self._pool.slots if other is not slot)
+
     def _note_depth(self, slot: _Slot) -> None:
         self._ledger.metrics.set("latentmill_queue_depth", len(slot.held), actor=str(slot.index))
 
     def _take_back(self, timeout_s: float) -> None:
         pending = [*self._running, *self._pool.starting]
-        if ray.wait(pending, timeout=timeout_s)[0]:
-            # The first has come; all others that are there come along.
-            for reference in ray.wait(pending, num_returns=len(pending), timeout=0)[0]:
-                self._take(reference)
+        # All that are there, or else the first that comes.
+        ready = ray.wait(pending, num_returns=len(pending), timeout=0)[0] or ray.wait(pending, timeout=timeout_s)[0]
+        for reference in ready:
+            self._take(reference)
 
     def _take(self, reference: Any) -> None:
         if reference in self._pool.starting:
