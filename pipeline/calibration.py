@@ -1,8 +1,8 @@
-"""Measures the encoder on this machine as an actor would run it: in a process of its own, with an actor's environment.
+"""Measures encoders on this machine as an actor would run them: in a process of its own, with an actor's environment.
 
 Not where anything is estimated (`estimate`, which calls this), and no benchmark: a few clips, within seconds. On a CPU
 as many clips are encoded at once as actors will be, because neighbours share caches, memory and hyperthreads; for want
-of memory fewer.
+of memory fewer. Captions and first frames are embedded one after the other: their encoders take one caller at a time.
 
 The process reads requests from its standard input and answers each with a line of JSON.
 """
@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -31,9 +31,10 @@ import psutil
 import torch
 
 from pipeline.codec import CPU_ENVIRONMENT, ClipEncoder, batch_size
-from pipeline.config import EncodingConfig
+from pipeline.config import EncodingConfig, ImageEncoderConfig, TextEncoderConfig
 from pipeline.errors import UsageError, printable
 from pipeline.records import Bucket, Clip, ModelFacts, VideoFacts
+from pipeline.text import ImageEncoder, TextEncoder
 
 _START = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from pipeline.calibration import main; sys.exit(main())"
@@ -55,6 +56,21 @@ class EncoderFacts:
     model: ModelFacts
     device_name: str
     start_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EmbeddingFacts:
+    """What embeddings cost one actor; 0 of what is not embedded.
+
+    Attributes:
+        load_s: seconds until the encoders of captions and first frames could embed.
+    """
+
+    load_s: float
+    s_per_text: float
+    bytes_per_text: float
+    s_per_frame: float
+    bytes_per_frame: float
 
 
 class Calibration:
@@ -119,6 +135,33 @@ class Calibration:
         answer = self._answer(deadline_s)
         return None if answer is None else float(answer["s_per_clip"])
 
+    def embedding(
+        self,
+        text: TextEncoderConfig,
+        image: ImageEncoderConfig,
+        captions: Sequence[str],
+        frames: Sequence[npt.NDArray[np.uint8]],
+        folder: Path,
+        patience_s: float,
+        deadline_s: float,
+    ) -> EmbeddingFacts | None:
+        """What captions and first frames like these cost; None where time ran out, as of `seconds_per_clip`.
+
+        Args:
+            captions, frames: of each one at least; frames `(H, W, 3)` of one shape.
+
+        Raises:
+            UsageError: an encoder cannot be loaded.
+        """
+        path = folder / "first-frames.npy"
+        np.save(path, np.stack(frames))
+        asked = {"text": asdict(text), "image": asdict(image), "captions": list(captions), "first_frames": str(path)}
+        self._send(asked | {"patience_s": patience_s})
+        answer = self._answer(deadline_s)
+        if answer is not None and "error" in answer:
+            raise UsageError(answer["error"])
+        return None if answer is None else EmbeddingFacts(**answer)
+
     def _send(self, message: Mapping[str, object]) -> None:
         assert self._process.stdin is not None, "it is a pipe"
         try:
@@ -171,10 +214,11 @@ def main() -> int:
 
     order = json.loads(sys.stdin.readline())
     fields = order["encoding"] | {"buckets": tuple(Bucket(**bucket) for bucket in order["encoding"]["buckets"])}
+    encoding = EncodingConfig(**fields)
     device = torch.device(order["device"])
     torch.set_num_threads(order["cores"])
     try:
-        encoder = ClipEncoder(EncodingConfig(**fields), device)
+        encoder = ClipEncoder(encoding, device)
     except UsageError as error:
         answer({"error": str(error)})
         return 2
@@ -183,6 +227,12 @@ def main() -> int:
     answer({"model": asdict(encoder.facts), "device_name": name, "start_s": start_s})
     for line in sys.stdin:
         request = json.loads(line)
+        if "captions" in request:
+            try:
+                answer(_embedding(request, device, encoding.compute_dtype_on(device.type), order["cores"]))
+            except UsageError as error:
+                answer({"error": str(error)})
+            continue
         clips = [_clip(frames) for frames in np.load(request["frames"])]
         measure = _on_cpu if device.type == "cpu" else _on_gpu
         answer({"s_per_clip": measure(encoder, clips, order["num_at_once"], fields, request["patience_s"])})
@@ -250,3 +300,51 @@ def _on_gpu(encoder: ClipEncoder, clips: Sequence[Clip], _: int, fields: Mapping
         if time.perf_counter() - began + 4 * _NUM_ROUNDS * size * measured_s > patience_s / 2:
             break
     return measured_s
+
+
+def _embedding(request: Mapping[str, Any], device: torch.device, compute_dtype: str, cores: int) -> dict[str, float]:
+    """The fields of `EmbeddingFacts`."""
+    text, image = TextEncoderConfig(**request["text"]), ImageEncoderConfig(**request["image"])
+    about = device, compute_dtype, cores
+    began = time.perf_counter()
+    texts = TextEncoder(text, *about) if text.text_encoder is not None else None
+    frames = ImageEncoder(image, *about) if image.image_encoder is not None else None
+    load_s = time.perf_counter() - began
+    patience_s = request["patience_s"] / 2
+    s_per_text = bytes_per_text = s_per_frame = bytes_per_frame = 0.0
+    if texts is not None:
+        captions = request["captions"]
+        at_once = 1 if device.type == "cpu" else len(captions)
+        s_per_text, bytes_per_text = _each(
+            lambda some: (found.embedding for found in texts.embed(some)), captions, at_once, patience_s
+        )
+    if frames is not None:
+        first_frames = list(np.load(request["first_frames"]))
+        s_per_frame, bytes_per_frame = _each(frames.embed, first_frames, frames.batch_size, patience_s)
+    return {
+        "load_s": load_s,
+        "s_per_text": s_per_text,
+        "bytes_per_text": bytes_per_text,
+        "s_per_frame": s_per_frame,
+        "bytes_per_frame": bytes_per_frame,
+    }
+
+
+def _each(
+    embed: Callable[[Sequence[Any]], Iterable[npt.NDArray[np.floating]]],
+    rows: Sequence[Any],
+    at_once: int,
+    patience_s: float,
+) -> tuple[float, float]:
+    """Seconds and bytes of one embedding."""
+    began = time.perf_counter()
+    measured: list[tuple[float, int, int]] = []
+    for some in (rows[:at_once], *(rows[start : start + at_once] for start in range(0, len(rows), at_once))):
+        started = time.perf_counter()
+        found = list(embed(some))
+        measured.append((time.perf_counter() - started, len(found), sum(embedding.nbytes for embedding in found)))
+        if time.perf_counter() - began > patience_s:
+            break
+    # The first warms up, and counts only where there was no time for a second.
+    seconds, number, num_bytes = map(sum, zip(*(measured[1:] or measured), strict=True))
+    return seconds / number, num_bytes / number

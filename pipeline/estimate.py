@@ -20,10 +20,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from pipeline.calibration import Calibration, EncoderFacts
+from pipeline.calibration import Calibration, EmbeddingFacts, EncoderFacts
 from pipeline.codec import batch_size
 from pipeline.commit import latest_snapshot, refuse_differences
 from pipeline.config import JobConfig
@@ -37,7 +38,7 @@ from pipeline.records import (
     DatasetManifest,
     ShardSpec,
 )
-from pipeline.scaling import Scale, Sizes, sizes_of
+from pipeline.scaling import Scale, Sizes, sizes_of, texts_of
 from pipeline.scratch import Scratch
 from pipeline.storage import ObjectStore, open_store, region_of
 from pipeline.traffic import KINDS, Work, requests_of_plan, requests_of_tars, requests_to_output
@@ -58,6 +59,7 @@ _FEW_SHARDS = 100
 # From so much on one side holds the other up, in a run that is long enough for somebody to care.
 _BOUND_RATIO = 1.25
 _SHORT_RUN_S = 60.0
+_MOST_TEXTS = 64
 # Of a bucket that fits nothing nobody should hear before enough has been seen.
 _ENOUGH_VIDEOS = 20
 
@@ -76,11 +78,14 @@ class Estimate:
         video_hours: duration of the videos that give clips.
         rejections: reason -> `num` (of videos and clips), `num_seen` of them, `meaning`, `example`.
         num_bytes_out: data files of the output, embeddings not among them.
+        num_bytes_embeddings: of captions and first frames, as they are stored; 0 where there are none.
         requests: "input" and "output" -> kind (`traffic.KINDS`) -> number; an input that is no object store has none.
         encode_s_per_clip: bucket -> seconds of one actor.
         measured: buckets that were encoded; others are scaled from the nearest by their pixels.
         decode_cpu_s: computing time of all decoding.
         encode_s: seconds of all encoding by one actor.
+        num_texts: that are embedded: the distinct ones of each shard.
+        embed_s: seconds of all embedding of captions and first frames by one actor; 0 where there are none.
         start_s: until the first clip is encoded.
         limited_by: "encoding", "decoding" or "cores", what the run will wait for.
         num_decode_cores: cores that an actor's decoding needs for its encoder never to wait.
@@ -113,6 +118,9 @@ class Estimate:
     encode_s_per_clip: Mapping[str, float]
     measured: Sequence[str]
     encode_s: float | None
+    num_texts: int | None = 0
+    embed_s: float | None = 0.0
+    num_bytes_embeddings: int | None = 0
     decode_cpu_s: float | None
     start_s: float | None
     duration_s: float | None
@@ -329,6 +337,7 @@ class _Speeds:
     facts: EncoderFacts
     s_per_clip: Mapping[Bucket, float]
     measured: Sequence[Bucket]
+    embedding: EmbeddingFacts | None = None  # None: there is none, or it was not measured
 
 
 class _Stopwatch:
@@ -342,6 +351,7 @@ class _Stopwatch:
         self._folder = folder
         self._can_measure = crew.device_type == "cpu" or torch.cuda.is_available()
         device_type = crew.device_type if self._can_measure else "cpu"
+        self._config = config
         self._calibration = Calibration(config.encoding, device_type, crew.num_here)
 
     @property
@@ -373,7 +383,7 @@ class _Stopwatch:
             left_s = self._deadline - time.monotonic()
             if found and 2 * _scaled(found, shape) > left_s:
                 continue
-            patience_s = left_s / (len(tries) - number)
+            patience_s = left_s / (len(tries) - number + bool(self._config.column_sets))
             seconds = self._calibration.seconds_per_clip(frames, self._folder, patience_s, self._deadline)
             if seconds is None:
                 break
@@ -382,6 +392,21 @@ class _Stopwatch:
             facts=facts,
             s_per_clip={bucket: _scaled(found, bucket) for bucket in scale.clips} if found else {},
             measured=sorted(found),
+            embedding=self._embedding(look) if found and self._config.column_sets else None,
+        )
+
+    def _embedding(self, look: Look) -> EmbeddingFacts | None:
+        texts = {text for shard in look.shards for text in texts_of(shard, self._config.text.text_columns)}
+        frames = max(look.frames.values(), key=len)
+        left_s = self._deadline - time.monotonic()
+        return self._calibration.embedding(
+            self._config.text,
+            self._config.image,
+            sorted(texts)[:_MOST_TEXTS] or [""],
+            [clip[0] for clip in frames],
+            self._folder,
+            left_s,
+            self._deadline,
         )
 
     def __enter__(self) -> _Stopwatch:
@@ -405,6 +430,12 @@ class _Times:
     decode_cpu_s: float
     start_s: float
     busy_s: Mapping[str, float]  # by what limits it, without the start
+    embed_s: float = 0.0
+
+    @property
+    def in_actors_s(self) -> float:
+        """Of the threads that encode, which embed as well."""
+        return self.encode_s + self.embed_s
 
     @property
     def limited_by(self) -> str:
@@ -422,17 +453,32 @@ def _times(config: JobConfig, crew: _Crew, look: Look, scale: Scale, speeds: _Sp
         # The last batch of a shard is filled up, on the average to the half.
         filled = number + min(number, scale.num_shards) * (size - 1) / 2
         encode_s += filled * speeds.s_per_clip[bucket]
+    embed_s = 0.0
+    if speeds.embedding is not None:
+        num_texts = _num_texts(config, scale)
+        embed_s = num_texts * speeds.embedding.s_per_text + scale.num_clips * speeds.embedding.s_per_frame
     decode_cpu_s = look.cpu_s * scale.factor
-    on_cores_s = decode_cpu_s + (encode_s * crew.cpus if crew.device_type == "cpu" else 0.0)
+    # An actor embeds in the thread that encodes.
+    in_actors_s = encode_s + embed_s
+    on_cores_s = decode_cpu_s + (in_actors_s * crew.cpus if crew.device_type == "cpu" else 0.0)
     # A shard is encoded by one actor: of three shards and two actors one waits in the end.
     rounds = math.ceil(scale.num_shards / crew.num_actors) * crew.num_actors / scale.num_shards
     busy_s = {
-        "encoding": rounds * encode_s / crew.encoders,
+        "encoding": rounds * in_actors_s / crew.encoders,
         "decoding": rounds * decode_cpu_s / min(crew.num_actors * crew.decode_processes, crew.num_cores),
         "cores": on_cores_s / crew.num_cores,
     }
     start_s = _RAY_START_S + speeds.facts.start_s + look.start_s * crew.decode_processes
-    return _Times(encode_s=encode_s, decode_cpu_s=decode_cpu_s, start_s=start_s, busy_s=busy_s)
+    if speeds.embedding is not None:
+        start_s += speeds.embedding.load_s
+    return _Times(encode_s=encode_s, embed_s=embed_s, decode_cpu_s=decode_cpu_s, start_s=start_s, busy_s=busy_s)
+
+
+def _num_texts(config: JobConfig, scale: Scale) -> float:
+    """Texts that are embedded: of each shard the distinct ones, as far as they were seen."""
+    if config.text.text_encoder is None:
+        return 0.0
+    return scale.total(lambda shard: len(texts_of(shard, config.text.text_columns)))
 
 
 def _requests(
@@ -481,7 +527,7 @@ def _summed(
                 low, high = (round(price * s / times.duration_s, 2) for s in duration_range_s)
                 price_range = (low, high)
         if times.encode_s:
-            num_decode_cores = times.decode_cpu_s / times.encode_s * crew.encoders / crew.num_actors
+            num_decode_cores = times.decode_cpu_s / times.in_actors_s * crew.encoders / crew.num_actors
     found = Estimate(
         num_shards=scale.num_shards,
         num_shards_seen=len(look.shards),
@@ -508,6 +554,7 @@ def _summed(
         encode_s_per_clip={} if speeds is None else {str(b): round(s, 4) for b, s in speeds.s_per_clip.items()},
         measured=() if speeds is None else tuple(str(bucket) for bucket in speeds.measured),
         encode_s=None if times is None else round(times.encode_s, 1),
+        **_embeddings(config, scale, speeds, times),
         decode_cpu_s=round(look.cpu_s * scale.factor, 1) if scale.is_known else None,
         start_s=None if times is None else round(times.start_s, 1),
         duration_s=None if times is None else round(times.duration_s, 1),
@@ -521,6 +568,19 @@ def _summed(
     )
     advice = _advice(config, crew, todo, look, scale, speeds, times, found)
     return replace(found, advice=tuple(advice), notes=tuple(_notes(config, crew, look, scale, found)))
+
+
+def _embeddings(config: JobConfig, scale: Scale, speeds: _Speeds | None, times: _Times | None) -> dict[str, Any]:
+    """The fields of `Estimate` that tell of them."""
+    if not config.column_sets:
+        return {"num_texts": 0, "embed_s": 0.0, "num_bytes_embeddings": 0}
+    num_texts = _num_texts(config, scale)
+    embed_s = num_bytes = None
+    if speeds is not None and speeds.embedding is not None and times is not None:
+        cost = speeds.embedding
+        embed_s = round(times.embed_s, 1)
+        num_bytes = round(num_texts * cost.bytes_per_text + scale.num_clips * cost.bytes_per_frame)
+    return {"num_texts": _whole(scale, num_texts), "embed_s": embed_s, "num_bytes_embeddings": num_bytes}
 
 
 def _whole(scale: Scale, number: float) -> int | None:
@@ -581,14 +641,15 @@ def _advice(
             if path.exists()
         )
         free = shutil.disk_usage(folder).free
-        if found.num_bytes_out > free:
-            yield f"the output needs {size_text(found.num_bytes_out)} and {folder} has {size_text(free)} free"
+        num_bytes = found.num_bytes_out + (found.num_bytes_embeddings or 0)
+        if num_bytes > free:
+            yield f"the output needs {size_text(num_bytes)} and {folder} has {size_text(free)} free"
 
 
 def _advice_on_speed(crew: _Crew, times: _Times, cores: float | None) -> Iterator[str]:
     encoding_s, decoding_s = times.busy_s["encoding"], max(times.busy_s["decoding"], times.busy_s["cores"])
     if crew.device_type == "cpu":
-        encode_cpu_s = times.encode_s * crew.cpus
+        encode_cpu_s = times.in_actors_s * crew.cpus
         if times.decode_cpu_s > _BOUND_RATIO * encode_cpu_s:
             share = times.decode_cpu_s / (times.decode_cpu_s + encode_cpu_s)
             yield (
@@ -687,5 +748,5 @@ def _notes(config: JobConfig, crew: _Crew, look: Look, scale: Scale, found: Esti
         yield f"{crew.num_actors} actors are more than fit here; the others are taken to be on machines like this one"
     if config.run.quality_share:
         yield f"decoding {config.run.quality_share:.2%} of the clips back (--quality-share) is not in the time"
-    if config.column_sets:
-        yield "embeddings of captions and first frames are in the requests, and in neither time nor size"
+    if found.embed_s is None:
+        yield f"there was no time to embed captions and first frames: they are in neither time nor size; {more}"

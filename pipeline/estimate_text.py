@@ -47,7 +47,8 @@ def lines_of(found: Estimate) -> list[str]:
             for reason, entry in found.rejections.items()
         ]
     if found.num_bytes_out is not None:
-        rows.append(("output", f"{about}{size_text(found.num_bytes_out)} in {found.num_files_out:,} files"))
+        beside = f", and {size_text(found.num_bytes_embeddings)} of embeddings" if found.num_bytes_embeddings else ""
+        rows.append(("output", f"{about}{size_text(found.num_bytes_out)} in {found.num_files_out:,} files{beside}"))
     for place in sorted(found.requests):
         sent = ", ".join(f"{number:,} {kind}" for kind, number in found.requests[place].items() if number)
         rows.append(("requests", f"to the {place}: {sent}"))
@@ -72,9 +73,9 @@ def lines_of(found: Estimate) -> list[str]:
             f"{bucket} {seconds:.3g} s a clip{'' if bucket in found.measured else ' (scaled)'}"
             for bucket, seconds in found.encode_s_per_clip.items()
         )
-        rows.append(
-            ("", f"measured here ({found.device_name}): {per_clip}; decoding {found.decode_cpu_s:,} CPU seconds")
-        )
+        decoding = f"decoding {found.decode_cpu_s:,} CPU seconds"
+        embedding = f"; embedding {found.embed_s:,} s" if found.embed_s else ""
+        rows.append(("", f"measured here ({found.device_name}): {per_clip}; {decoding}{embedding}"))
         hours_of = (
             f"{found.gpu_hours:,.3f} GPU hours" if found.gpus_per_actor else f"{found.actor_hours:,.3f} actor hours"
         )

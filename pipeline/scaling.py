@@ -76,6 +76,12 @@ class Scale:
         return self.num_shards * (1 - none)
 
 
+def texts_of(shard: ShardLook, columns: Sequence[str]) -> set[str]:
+    """The distinct texts of the clips that were seen of a shard, "" not among them."""
+    found = {clip.caption if name == "caption" else clip.fields.get(name) for clip in shard.clips for name in columns}
+    return {text for text in found if isinstance(text, str) and text}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sizes:
     """What the data files of the output weigh, and how many there are."""

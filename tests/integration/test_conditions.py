@@ -116,6 +116,27 @@ def test_every_clip_has_the_embedding_of_its_own_first_frame(
     assert num_clips == len(list(_rows(output)))
 
 
+def test_a_dry_run_foresees_how_many_texts_are_embedded_and_their_bytes_and_counts_their_time(
+    encoded: tuple[Path, Outcome], flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output, _ = encoded
+    rows = list(_rows(output))
+    texts = ColumnSet.open(open_store(str(output)), "text", FileCache(tmp_path / "cache", 1 << 30))
+    captions = {(shard_id, row.columns["caption"]) for shard_id, row in rows}
+    num_bytes = (
+        sum(texts.caption(*name).nbytes for name in captions) + len(rows) * encoders.VISION["projection_dim"] * 2
+    )
+    dry = [*flags, "--output", str(tmp_path / "latents"), "--dry-run", "--dry-run-seconds", "200"]
+    assert encode([*dry, "--progress", "plain"]) == 0
+    said = capsys.readouterr()
+    found = json.loads(said.out.splitlines()[-1])["estimate"]
+    assert (found["num_texts"], found["num_bytes_embeddings"]) == (len(captions), num_bytes)
+    assert found["embed_s"] > 0
+    assert found["duration_s"] >= found["start_s"] + found["encode_s"] + found["embed_s"] - 0.2
+    assert "of embeddings" in said.err
+    assert "neither" not in said.err
+
+
 def test_the_same_command_again_changes_nothing_and_other_encoders_are_refused(
     encoded: tuple[Path, Outcome], flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
