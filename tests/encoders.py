@@ -66,21 +66,21 @@ def _clip_tokenizer(folder: Path) -> CLIPTokenizer:
     return CLIPTokenizer.from_pretrained(folder, model_max_length=MAX_LENGTH)
 
 
-def _text_config(tokenizer: CLIPTokenizer) -> CLIPTextConfig:
+def _text_config(tokenizer: CLIPTokenizer, **changes: int) -> CLIPTextConfig:
     return CLIPTextConfig(
         vocab_size=len(tokenizer),
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        **TEXT,
+        **(TEXT | changes),
     )
 
 
-def clip_text(folder: Path) -> Path:
-    """A CLIP text model with its tokenizer in one folder."""
+def clip_text(folder: Path, **changes: int) -> Path:
+    """A CLIP text model, `TEXT` with changes, and its tokenizer in one folder."""
     tokenizer = _clip_tokenizer(folder)
     torch.manual_seed(1)
-    CLIPTextModel(_text_config(tokenizer)).save_pretrained(folder)
+    CLIPTextModel(_text_config(tokenizer, **changes)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 

@@ -14,12 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import encoders
 import pytest
 import torch
 from latents import IMAGE
 from safetensors.torch import load_file
+from transformers import CLIPTextModel, CLIPTokenizer
 from tuning import EMBEDDING_DIM, MODELS, model_config, output_with_embeddings
 
+import cvvae
 from cvvae.config import CVVAEConfig
 from cvvae.model import CVVAE
 from jobs.finetune_t2v import PARTS, main, read_job
@@ -97,6 +100,38 @@ def test_what_comes_out_is_loaded_by_diffusers_with_its_scheduler(started: dict[
     assert said["latents"]["weights_sha256"] == "ab" * 32
     assert said["conditions"]["encoder"] == "made-up-text-encoder" or kind == "image"
     assert said["buckets"] == ["64x64x9"]
+
+
+def test_diffusers_own_pipeline_takes_what_comes_out_and_the_video_vae_makes_all_frames_of_its_latents(
+    started: dict[str, Path], vae: Path, tmp_path: Path
+) -> None:
+    encoders.quiet()
+    text = encoders.clip_text(tmp_path, hidden_size=EMBEDDING_DIM)
+    video_vae = cvvae.load(vae)
+    pipeline = diffusers.TextToVideoSDPipeline.from_pretrained(
+        started["text"],
+        vae=video_vae,
+        text_encoder=CLIPTextModel.from_pretrained(text),
+        tokenizer=CLIPTokenizer.from_pretrained(text),
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    drawn = {
+        kind: pipeline(
+            "a red square",
+            num_frames=3,
+            height=64,
+            width=64,
+            num_inference_steps=2,
+            output_type=kind,
+            generator=torch.Generator().manual_seed(0),
+        ).frames
+        for kind in ("latent", "pt")
+    }
+    with torch.inference_mode():
+        frames = video_vae.decode(drawn["latent"] / video_vae.scaling_factor + video_vae.shift_factor).sample
+    assert frames.shape == (1, 3, 1 + 4 * 2, 64, 64)
+    assert torch.isfinite(frames).all()
+    assert drawn["pt"].shape == (1, 3, 3, 64, 64), "the pipeline itself decodes each latent as a picture of its own"
 
 
 @pytest.mark.parametrize("kind", list(MODELS))
