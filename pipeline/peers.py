@@ -234,7 +234,9 @@ class FastVideo(_ParquetPeer):
 
     Latents are posterior means, float32, `[C, T, H, W]` and unscaled: FastVideo's trainers scale them. `num_frames` are
     the clip's frames, as the schema says (FastVideo's own writer has the latent's there), `width` and `height` pixels
-    of the encoded picture, `fps` and `duration_sec` those of the clip as it was resampled, 0 for images.
+    of the encoded picture, `fps` and `duration_sec` those of the clip as it was resampled, 0 for images. Its schema of
+    image-to-video is not offered: `clip_feature` is a tower's last hidden state and `first_frame_latent` the scaled
+    latent of the first frame with grey behind it, neither of which an output has.
     """
 
     name = "fastvideo"
