@@ -27,15 +27,17 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import heapq
 import io
 import json
 import re
 import uuid
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeVar
 
@@ -222,7 +224,7 @@ def _json_bytes(value: object) -> bytes:
 
 def _fields_of(record: object) -> dict[str, Any]:
     # asdict() copies all that is in them, which takes longer than the JSON.
-    if not is_dataclass(record):
+    if isinstance(record, type) or not is_dataclass(record):
         raise TypeError(f"{record!r} is not JSON")
     return {name: getattr(record, name) for name in _field_names(type(record))}
 
@@ -525,7 +527,7 @@ def publish_snapshot(store: ObjectStore) -> Contents:
     """A snapshot that holds every commit there is: the latest one if nothing was committed since, else a new one.
 
     Any number of publishers may run at once: records are immutable, so each merges what it sees and takes the next
-    free number. In memory are the names and nonces of all commits, and the commits of one segment at a time.
+    free number. In memory are names and nonces of all commits, and never the commits themselves.
     """
     while True:
         number = latest_snapshot_number(store)
@@ -598,7 +600,7 @@ def _commits_of(store: ObjectStore, contents: Contents) -> Iterator[Commit]:
     lines: list[str] = []
     for segment in contents.segments:
         for commit in _read_segment(store, segment):
-            lines.append(_Facts.of(commit).digest_line)
+            lines.append(_digest_line(name_of(commit), commit.nonce))
             yield commit
     _refuse_other_digest(store, contents, lines)
 
@@ -620,34 +622,23 @@ def _snapshot_bytes(contents: Contents) -> bytes:
     return _json_bytes({"layout_version": LAYOUT_VERSION, **_fields_of(contents)})
 
 
+def _digest_line(name: str, nonce: str) -> str:
+    return f"{name} {nonce}\n"
+
+
 def _digest_of_lines(lines: list[str]) -> str:
     return hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()
 
 
-class _Facts(NamedTuple):
-    """What a snapshot says of a commit: a tenth of it."""
+class _Line(NamedTuple):
+    """A commit as it stands in a segment, and what of it a snapshot speaks of."""
 
     name: str
     nonce: str
     shard_id: str
     generation: int
     num_records: int  # of the whole shard
-
-    @classmethod
-    def of(cls, commit: Commit) -> _Facts:
-        num_records = _stated_counts(commit).num_records
-        return cls(name_of(commit), commit.nonce, commit.shard_id, commit.generation, num_records)
-
-    @classmethod
-    def of_line(cls, value: dict[str, Any]) -> _Facts:
-        """Of a commit as JSON; takes half the time that a whole one does."""
-        shard_id, generation = value["shard_id"], value["generation"]
-        counts = value.get("shard_counts") or value["counts"]
-        return cls(record_name(shard_id, generation), value["nonce"], shard_id, generation, counts["num_records"])
-
-    @property
-    def digest_line(self) -> str:
-        return f"{self.name} {self.nonce}\n"
+    data: bytes
 
 
 class _Merged:
@@ -664,62 +655,60 @@ class _Merged:
         self._store = store
         self.new = names
         self._number = 1 if latest is None else latest.number + 1
-        self._kept: list[Segment] = []
-        self._loose: dict[str, Commit] = {}
-        self._lines: list[str] = []
+        self._segments = () if latest is None else latest.segments
+        self._of_digest: list[str] = []
         # Shard id -> its last generation, and the records of the shard as that one states them.
         self._last: dict[str, tuple[int, int]] = {}
-        for segment in () if latest is None else latest.segments:
-            if segment.num_commits == SEGMENT_COMMITS:
-                self._kept.append(segment)
-                for line in _read_lines(store, segment):
-                    self._note(_parsed(store, segment.key, line, _Facts.of_line))
-            else:
-                for commit in _read_segment(store, segment):
-                    self._loose[self._note(_Facts.of(commit))] = commit
+        for segment in self._segments:
+            for line in _read_lines(store, segment):
+                self._note(line)
         if latest is not None:
-            _refuse_other_digest(store, latest, self._lines)
+            _refuse_other_digest(store, latest, self._of_digest)
 
-    def _note(self, facts: _Facts) -> str:
-        """Keeps what the snapshot will say of a commit, which is not new any more; its name."""
-        self._lines.append(facts.digest_line)
-        stated = facts.generation, facts.num_records
-        self._last[facts.shard_id] = max(stated, self._last.get(facts.shard_id, stated))
-        self.new.discard(facts.name)
-        return facts.name
+    def _note(self, line: _Line) -> None:
+        """Keeps what the snapshot will say of a commit, which is not new any more."""
+        self._of_digest.append(_digest_line(line.name, line.nonce))
+        stated = line.generation, line.num_records
+        self._last[line.shard_id] = max(stated, self._last.get(line.shard_id, stated))
+        self.new.discard(line.name)
 
     def packed(self) -> Contents:
         """Keeps the full segments of the latest snapshot and packs all other commits anew."""
-        segments = self._kept
-        names = sorted(self._loose.keys() | self.new)
-        for start in range(0, len(names), SEGMENT_COMMITS):
-            segments.append(_put_segment(self._store, self._commits(names[start : start + SEGMENT_COMMITS])))
+        segments = [segment for segment in self._segments if segment.num_commits == SEGMENT_COMMITS]
+        loose = [segment for segment in self._segments if segment.num_commits != SEGMENT_COMMITS]
+        num_left = len(self.new) + sum(segment.num_commits for segment in loose)
+        runs = [self._new_lines(), *(_read_lines(self._store, segment) for segment in loose)]
+        lines = heapq.merge(*runs, key=lambda line: line.name)
+        while num_left:
+            segments.append(_put_segment(self._store, islice(lines, SEGMENT_COMMITS)))
+            num_left -= segments[-1].num_commits
         return Contents(
             number=self._number,
-            digest=_digest_of_lines(self._lines),
-            num_commits=len(self._lines),
+            digest=_digest_of_lines(self._of_digest),
+            num_commits=len(self._of_digest),
             num_records=sum(num_records for _, num_records in self._last.values()),
             segments=tuple(segments),
         )
 
-    def _commits(self, names: Sequence[str]) -> Iterator[Commit]:
-        """The commits of these names, in their order, each given once."""
-        new = load_commits(self._store, [name for name in names if name in self.new])
-        for name in names:
-            commit = self._loose.pop(name, None)
-            if commit is None:
-                commit = next(new)
-                self._note(_Facts.of(commit))
-            yield commit
+    def _new_lines(self) -> Iterator[_Line]:
+        for commit in load_commits(self._store, sorted(self.new)):
+            line = _line_of(commit, _json_bytes(commit))
+            self._note(line)
+            yield line
 
 
-def _put_segment(store: ObjectStore, commits: Iterable[Commit]) -> Segment:
+def _line_of(commit: Commit, data: bytes) -> _Line:
+    num_records = _stated_counts(commit).num_records
+    return _Line(name_of(commit), commit.nonce, commit.shard_id, commit.generation, num_records, data)
+
+
+def _put_segment(store: ObjectStore, lines: Iterable[_Line]) -> Segment:
     # As gzip.compress(mtime=0) does, without all the lines in memory at once.
     packer = zlib.compressobj(9, wbits=31)
     parts: list[bytes] = []
     num_commits = 0
-    for commit in commits:
-        parts.append(packer.compress(_json_bytes(commit)))
+    for line in lines:
+        parts.append(packer.compress(line.data))
         num_commits += 1
     data = b"".join([*parts, packer.flush()])
     sha256 = hashlib.sha256(data).hexdigest()
@@ -728,11 +717,25 @@ def _put_segment(store: ObjectStore, commits: Iterable[Commit]) -> Segment:
     return Segment(key=key, num_bytes=len(data), sha256=sha256, num_commits=num_commits)
 
 
+def _read_lines(store: ObjectStore, segment: Segment) -> Iterator[_Line]:
+    """The commits of a segment, in half the time that whole ones take."""
+
+    def line(value: dict[str, Any]) -> _Line:
+        shard_id, generation = value["shard_id"], value["generation"]
+        counts = value.get("shard_counts") or value["counts"]
+        return _Line(
+            record_name(shard_id, generation), value["nonce"], shard_id, generation, counts["num_records"], data
+        )
+
+    for data in _read_raw(store, segment):
+        yield _parsed(store, segment.key, data, line)
+
+
 def _read_segment(store: ObjectStore, segment: Segment) -> Iterator[Commit]:
-    return (_commit_of(store, segment.key, line) for line in _read_lines(store, segment))
+    return (_commit_of(store, segment.key, data) for data in _read_raw(store, segment))
 
 
-def _read_lines(store: ObjectStore, segment: Segment) -> Iterator[bytes]:
+def _read_raw(store: ObjectStore, segment: Segment) -> Iterator[bytes]:
     data = store.get(segment.key)
     if len(data) != segment.num_bytes or hashlib.sha256(data).hexdigest() != segment.sha256:
         raise DamagedObjectError(f"{store.url(segment.key)} does not have the SHA-256 that its snapshot states")

@@ -116,8 +116,8 @@ def _publish(sent: Counter[str], num_records: int, published: int | None) -> int
         return num_records
     num_full = (published or 0) // SEGMENT_COMMITS
     num_segments = math.ceil((num_records - num_full * SEGMENT_COMMITS) / SEGMENT_COMMITS)
-    # Full segments stay; all else is packed anew, and then the snapshot.
-    sent["get"] += num_segments + 1
+    # Full segments stay; the last one is read once more, and all but full ones are packed anew, and then the snapshot.
+    sent["get"] += int((published or 0) % SEGMENT_COMMITS > 0) + num_segments + 1
     sent["put"] += num_segments + 1
     return num_records
 

@@ -17,6 +17,7 @@ import signal
 import subprocess
 import sys
 import threading
+import tracemalloc
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -32,6 +33,8 @@ import pipeline.store
 from pipeline.commit import (
     DecidedShard,
     Snapshot,
+    _commit_key,
+    _json_bytes,
     check_store,
     commit_shard,
     committed_ids,
@@ -502,6 +505,26 @@ def test_full_segments_are_kept_and_loose_commits_packed_anew(
     assert after.segments[0] == before.segments[0]
     assert read_snapshot(store, after.number).commits == tuple(commits)
     assert read_snapshot(store, before.number).commits == tuple(commits[4:])
+
+
+def test_publishing_keeps_little_of_each_commit_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline.commit, "SEGMENT_COMMITS", 200)
+    monkeypatch.setattr(pipeline.commit, "_READ_AHEAD", 100)
+    store = open_store(str(tmp_path))
+    num_commits = 1100
+    changes = {f"/in/{number}.mp4": "a version of then" for number in range(50)}
+    for number in range(num_commits):
+        commit = make_commit(f"{number:05d}", source_changes=changes)
+        store.put_if_absent(_commit_key(commit.shard_id), _json_bytes(commit))
+    peaks = []
+    for _ in ("all are new", "all but one are published"):
+        tracemalloc.start()
+        publish_snapshot(store)
+        peaks.append(tracemalloc.get_traced_memory()[1] / num_commits)
+        tracemalloc.stop()
+        commit_shard(store, make_commit("another"))
+    # These commits take 9 kB each; a name, a nonce and what the list of a folder holds do not.
+    assert max(peaks) < 3000, peaks
 
 
 def test_the_digest_depends_on_the_commits_and_not_on_how_they_were_published(

@@ -125,3 +125,14 @@ def test_the_rate_is_that_of_what_was_added() -> None:
     shards_per_s, clips_per_s = meter.rates()
     assert shards_per_s > 0
     assert abs(clips_per_s / shards_per_s - 10) < 0.5
+
+
+def test_the_rate_keeps_a_point_a_second_and_not_one_a_shard(monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s = 0.0
+    monkeypatch.setattr("pipeline.progress.time.monotonic", lambda: now_s)
+    meter = RateMeter()
+    for number in range(1, 5001):
+        now_s = number / 100
+        meter.add(number, 10 * number)
+    assert len(meter._points) <= 60
+    assert meter.rates() == pytest.approx((100.0, 1000.0))

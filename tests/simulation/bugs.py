@@ -167,7 +167,7 @@ def _only_what_is_new(world: World) -> Iterator[None]:
 
     def merged(store: Any, names: Any, latest: Any) -> Any:
         found = real(store, names, latest)
-        found._kept, found._loose, found._lines, found._last = [], {}, [], {}
+        found._segments, found._of_digest, found._last = (), [], {}
         return found
 
     with patch.object(protocol, "_Merged", merged):
