@@ -17,6 +17,7 @@ bench: .venv/installed-test
 	.venv/bin/python tests/benchmarks/bench_codec.py
 	.venv/bin/python tests/benchmarks/bench_decode.py
 	.venv/bin/python tests/benchmarks/bench_layout.py
+	.venv/bin/python tests/benchmarks/bench_scale.py
 	.venv/bin/python tests/benchmarks/bench_reader.py $(if $(LITDATA_PYTHON),--litdata-python "$(LITDATA_PYTHON)")
 
 # make ablation TEACHER=FOLDER, a frozen image VAE such as TAEF2; FLAGS="--steps 800" for more.
