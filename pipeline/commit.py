@@ -35,7 +35,7 @@ import uuid
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 from itertools import islice
 from pathlib import Path
@@ -224,9 +224,8 @@ def _json_bytes(value: object) -> bytes:
 
 def _fields_of(record: object) -> dict[str, Any]:
     # asdict() copies all that is in them, which takes longer than the JSON.
-    if isinstance(record, type) or not is_dataclass(record):
-        raise TypeError(f"{record!r} is not JSON")
-    return {name: getattr(record, name) for name in _field_names(type(record))}
+    record_type: Any = record.__class__
+    return {name: getattr(record, name) for name in _field_names(record_type)}
 
 
 def fingerprint_of(fields: Mapping[str, object]) -> str:
