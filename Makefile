@@ -16,6 +16,8 @@ test: .venv/installed-test
 bench: .venv/installed-test
 	.venv/bin/python tests/benchmarks/bench_codec.py
 	.venv/bin/python tests/benchmarks/bench_decode.py
+	.venv/bin/python tests/benchmarks/bench_pipeline.py
+	.venv/bin/python tests/benchmarks/bench_start.py
 	.venv/bin/python tests/benchmarks/bench_layout.py
 	.venv/bin/python tests/benchmarks/bench_scale.py
 	.venv/bin/python tests/benchmarks/bench_reader.py $(if $(LITDATA_PYTHON),--litdata-python "$(LITDATA_PYTHON)")
