@@ -65,8 +65,16 @@ from cvvae.evaluation import (
 from cvvae.losses import load_perceptual
 from cvvae.teachers import FrozenTeacher, load_teacher
 from jobs.evaluation_report import PicturedClip, markdown, page
-from pipeline.codec import CPU_ENVIRONMENT, load_model
-from pipeline.config import DecodeLimits, EncodingConfig, SourceConfig, local_folder, parse_buckets, parse_fps
+from pipeline.codec import load_model
+from pipeline.config import (
+    CPU_ENVIRONMENT,
+    DecodeLimits,
+    EncodingConfig,
+    SourceConfig,
+    local_folder,
+    parse_buckets,
+    parse_fps,
+)
 from pipeline.decode import DecodePool
 from pipeline.errors import LatentmillError, StorageError, UsageError
 from pipeline.plan import plan_shards

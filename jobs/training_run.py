@@ -30,7 +30,7 @@ import torch
 from cvvae.training import DivergedError
 from jobs.training_checkpoints import checkpoints_in
 from jobs.training_loop import TrainingSummary, WorkConfig, Worker
-from pipeline.codec import CPU_ENVIRONMENT
+from pipeline.config import CPU_ENVIRONMENT
 from pipeline.errors import LatentmillError, StorageError, StorageUnavailableError, UsageError
 
 EXIT_DONE, EXIT_USAGE, EXIT_FAILED, EXIT_INTERRUPTED = 0, 2, 4, 130

@@ -28,11 +28,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 import pipeline
-from pipeline.codec import ClipEncoder
 from pipeline.columns import ColumnsManifest, SetName
 from pipeline.commit import commit_shard, put_written_file, read_commit
 from pipeline.committed import FileCache
@@ -60,6 +58,9 @@ from pipeline.scratch import Scratch
 from pipeline.source import iterate_videos
 from pipeline.storage import ObjectStore, allow_web_inputs, open_store
 from pipeline.store import Steps, StoreErrors
+
+if TYPE_CHECKING:  # the driver, which knows the class by its name, has no use for torch
+    from pipeline.codec import ClipEncoder
 
 # Clips decoded ahead of the encoder, per shard in flight: enough to hide a slow video, bounded whatever the bucket.
 _CLIPS_AHEAD_BYTES = 256 << 20
@@ -285,6 +286,10 @@ class EncodeActor:
             UsageError: a model cannot be loaded, or there is no GPU for an actor that was given one.
             DecodeChildError: decode children cannot be started here.
         """
+        import torch
+
+        from pipeline.codec import ClipEncoder
+
         with self._lock:
             if self._encoder is None:
                 if self._device_type == "cuda" and not torch.cuda.is_available():
@@ -309,6 +314,8 @@ class EncodeActor:
         return self._facts()
 
     def _facts(self) -> WorkerFacts:
+        import torch
+
         assert self._encoder is not None, "start() has not run"
         assert self._decode_pool is not None, "start() has not run"
         assert self._conditions is not None, "start() has not run"

@@ -30,8 +30,8 @@ import numpy.typing as npt
 import psutil
 import torch
 
-from pipeline.codec import CPU_ENVIRONMENT, ClipEncoder, batch_size
-from pipeline.config import EncodingConfig, ImageEncoderConfig, TextEncoderConfig
+from pipeline.codec import ClipEncoder, batch_size
+from pipeline.config import CPU_ENVIRONMENT, EncodingConfig, ImageEncoderConfig, TextEncoderConfig
 from pipeline.errors import UsageError, printable
 from pipeline.records import Bucket, Clip, ModelFacts, VideoFacts
 from pipeline.text import ImageEncoder, TextEncoder

@@ -24,13 +24,6 @@ from pipeline.records import Bucket, Clip, ClipFailure, LatentRecord, ModelFacts
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _REFERENCE_PICTURE_PX = 256 * 256
-# For processes that encode on a CPU, before they start. An encoder call allocates and frees activations of hundreds of
-# megabytes; by default glibc maps each anew and the kernel clears every page of it: a third of the time. One arena,
-# because the heaps of others hold 64 MiB at most and larger blocks would be mapped after all.
-CPU_ENVIRONMENT = {
-    "GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=8589934592:glibc.malloc.trim_threshold=17179869184"
-    ":glibc.malloc.arena_max=1"
-}
 
 
 def batch_size(bucket: Bucket, batch_frames: int, device_type: str) -> int:

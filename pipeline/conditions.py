@@ -10,10 +10,10 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from pipeline.columns import (
     ColumnsManifest,
@@ -36,7 +36,11 @@ from pipeline.redo import mark_done, ordered_repairs
 from pipeline.storage import ObjectStore, sha256_of_file
 from pipeline.store import Steps
 from pipeline.stored import open_records
-from pipeline.text import ImageEncoder, TextEncoder, weights_sha256
+
+if TYPE_CHECKING:  # the driver has no use for torch
+    import torch
+
+    from pipeline.text import ImageEncoder, TextEncoder
 
 
 class ConditionEncoders:
@@ -64,6 +68,8 @@ class ConditionEncoders:
         compute_dtype: str,
         num_threads: int,
     ) -> None:
+        from pipeline.text import ImageEncoder, TextEncoder
+
         about = device, compute_dtype, num_threads
         self.output = output
         self.text = TextEncoder(text, *about) if text.text_encoder is not None else None
@@ -215,6 +221,8 @@ def configured_fields(text: TextEncoderConfig, image: ImageEncoderConfig) -> dic
     Raises:
         UsageError: there is no such encoder, or its weights are not those that are pinned.
     """
+    from pipeline.text import weights_sha256
+
     found: dict[str, object] = {}
     if text.text_encoder is not None:
         found["text.weights_sha256"] = weights_sha256(text)

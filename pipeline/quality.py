@@ -14,17 +14,19 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
-from pipeline.codec import LatentDecoder
 from pipeline.config import RunConfig
 from pipeline.metrics import QUALITY_ALARMS, RunMetrics
 from pipeline.progress import Progress, Quality
 from pipeline.records import Clip, ClipFailure, LatentRecord, ModelFacts
 from pipeline.store import Steps
+
+if TYPE_CHECKING:  # the driver has no use for torch
+    from pipeline.codec import LatentDecoder
 
 _PERFECT_DB = 100.0
 # A clip that is easy must come back better than this. One that is hard (noise, fine texture) gives less in any model,
@@ -196,6 +198,8 @@ class Inspection:
         except (RuntimeError, MemoryError) as error:
             self._num_undecoded += 1
             self._why_undecoded = f"{type(error).__name__}: {error}".partition("\n")[0]
+            import torch
+
             if isinstance(error, torch.cuda.OutOfMemoryError):
                 torch.cuda.empty_cache()
         self.check_s += time.perf_counter() - started

@@ -27,13 +27,11 @@ from typing import Any
 from uuid import uuid4
 
 import ray
-import torch
 from ray._private.authentication.authentication_utils import is_token_auth_enabled
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError, RayError, RayTaskError
 
 from pipeline import sandbox
 from pipeline.actors import Beat, EncodeActor, ShardReport, WorkerFacts, wanted_of_workers
-from pipeline.codec import CPU_ENVIRONMENT, load_model, weights_sha256_here
 from pipeline.columns import refuse_unknown_columns
 from pipeline.commit import (
     DecidedShard,
@@ -57,11 +55,9 @@ from pipeline.conditions import (
     publish_sets,
     records_of_ordered_repairs,
 )
-from pipeline.config import JobConfig
+from pipeline.config import CPU_ENVIRONMENT, JobConfig
 from pipeline.decode import decoder_versions
 from pipeline.errors import ConfigMismatchError, LatentmillError, StorageError, UsageError
-from pipeline.estimate import estimate
-from pipeline.estimate_text import lines_of
 from pipeline.format import FORMAT_VERSION
 from pipeline.metrics import RunMetrics
 from pipeline.plan import InputChange, UnwrittenSlices, changed_inputs, infer_passthrough, plan_shards
@@ -221,6 +217,9 @@ def run(config: JobConfig, progress: Progress, metrics: RunMetrics) -> RunSummar
         summary = ledger.summary(EXIT_OK, counts_before, None, None)
         if not config.run.dry_run_seconds:
             return summary
+        from pipeline.estimate import estimate
+        from pipeline.estimate_text import lines_of
+
         found = estimate(
             config,
             specs,
@@ -365,6 +364,10 @@ def _refuse_other_encoding(store: ObjectStore, stored: DatasetManifest, config: 
 
 def _refuse_other_model(store: ObjectStore, stored: DatasetManifest, config: JobConfig) -> None:
     """For a run with nothing to do, which starts no actor that would compare the weights."""
+    import torch
+
+    from pipeline.codec import load_model
+
     weights_sha256 = load_model(config.encoding, torch.device("cpu")).weights_sha256
     asked = {"weights_sha256": weights_sha256, **configured_fields(config.text, config.image)}
     refuse_differences(store, {key: stored.fingerprint_fields.get(key) for key in asked}, asked)
@@ -714,6 +717,9 @@ def _wanted(stored: DatasetManifest | None, config: JobConfig) -> _Wanted:
     """What the first actor must have: what the output was begun with, else it should have what the driver has."""
     if stored is not None:
         return _Wanted("the output", wanted_of_workers(stored), is_binding=True)
+    # Actors are starting meanwhile, so that nobody waits for torch here.
+    from pipeline.codec import weights_sha256_here
+
     here: dict[str, object] = {"decoders": decoder_versions()}
     weights_sha256 = weights_sha256_here(config.encoding)
     return _Wanted(

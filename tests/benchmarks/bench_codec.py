@@ -32,7 +32,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import cvvae
 from cvvae.layers import Attention, FrameConv, PointwiseLinear, SpaceTimeConv
-from pipeline.codec import CPU_ENVIRONMENT
+from pipeline.config import CPU_ENVIRONMENT
 
 CLIP = (1, 3, 17, 256, 256)
 IMAGE = (1, 3, 1, 256, 256)

@@ -148,7 +148,7 @@ def inputs(num_shards: int, num_videos: int) -> Iterator[dict[str, str]]:
 
 def child(env: dict[str, str], task: dict[str, Any]) -> dict[str, Any]:
     """The answer of a process that has the environment of an encoder actor on a CPU."""
-    from pipeline.codec import CPU_ENVIRONMENT
+    from pipeline.config import CPU_ENVIRONMENT
 
     done = subprocess.run(
         [sys.executable, __file__, "--child", json.dumps(task)],

@@ -6,7 +6,10 @@ Whole runs on real Ray are in tests/integration. The nodes of other machines are
 from __future__ import annotations
 
 import io
+import os
 import re
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from types import SimpleNamespace
@@ -544,3 +547,10 @@ def test_a_ray_that_others_reach_without_a_token_is_warned_of(
 def test_a_storage_error_names_itself_and_a_foreign_error_its_type() -> None:
     assert run._message(StorageError("no space left")) == "no space left"
     assert run._message(OSError("gone")) == "OSError: gone"
+
+
+def test_the_driver_does_not_wait_for_torch() -> None:
+    code = "import sys, pipeline.run; sys.exit('torch' in sys.modules)"
+    subprocess.run(
+        [sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    )
