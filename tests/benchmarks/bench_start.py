@@ -22,7 +22,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests")]
@@ -104,11 +103,11 @@ def write_tar(folder: Path, num_videos: int) -> Path:
 
 
 def timed_import(name: str, env: dict[str, str]) -> dict[str, float]:
-    module, _, attribute = name.partition(".LatentDataset") if name.endswith("LatentDataset") else (name, "", "")
-    statement = f"from {module} import LatentDataset" if "LatentDataset" in name else f"import {module}"
-    code = f"import time; a = time.perf_counter(), time.process_time(); {statement}; " + (
-        "print(time.perf_counter() - a[0], time.process_time() - a[1])"
-    )
+    package, _, attribute = name.partition(".")
+    # The package gives its public names on first use.
+    statement = f"from {package} import {attribute}" if attribute == "LatentDataset" else f"import {name}"
+    code = f"import time; a, b = time.perf_counter(), time.process_time(); {statement}; "
+    code += "print(time.perf_counter() - a, time.process_time() - b)"
     said = subprocess.run(
         [sys.executable, "-c", code],
         check=True,
