@@ -22,6 +22,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from ipaddress import ip_address
 from itertools import islice
+from pathlib import Path
 from types import FrameType
 from typing import Any
 from uuid import uuid4
@@ -242,9 +243,9 @@ def run(config: JobConfig, progress: Progress, metrics: RunMetrics) -> RunSummar
         number = _publish(store, config)
         return ledger.close(_counts_in(store, number), number, None if stored is None else stored.model.is_trained)
     check_store(store, config.run.single_writer)
-    with _interrupts() as interrupt, _ray(config, progress):
+    with _interrupts() as interrupt, _ray(config, progress) as inherited:
         interrupt.install()  # ray.init puts a handler of its own in the place of ours
-        pool = _Pool(config, len(todo), progress, metrics)
+        pool = _Pool(config, len(todo), inherited, progress, metrics)
         try:
             facts = pool.start(interrupt, _wanted(stored, config))
             if facts is None:
@@ -604,13 +605,15 @@ class _Ledger:
 
 
 @contextmanager
-def _ray(config: JobConfig, progress: Progress) -> Iterator[None]:
+def _ray(config: JobConfig, progress: Progress) -> Iterator[Mapping[str, str]]:
     """A connection to the cluster of `ray job submit` or --ray-address, else an embedded Ray that ends with the run.
 
-    Never the address file that an earlier `ray start` left behind: a run on a forgotten cluster surprises.
+    Never the address file that an earlier `ray start` left behind: a run on a forgotten cluster surprises. Gives
+    what is known of the environment of its workers.
     """
+    inherited: Mapping[str, str] = {}
     if ray.is_initialized():
-        yield
+        yield inherited
         return
     address = config.run.ray_address or os.environ.get("RAY_ADDRESS")
     # Errors come back with the results; the workers' own output would tear the progress line apart.
@@ -620,20 +623,44 @@ def _ray(config: JobConfig, progress: Progress) -> Iterator[None]:
         except (RayError, ConnectionError, RuntimeError) as error:
             raise UsageError(f"there is no Ray cluster at {address}: {error}") from error
     else:
+        inherited = CPU_ENVIRONMENT if _will_encode_on_cpu(config) else {}
         # Nothing large crosses Ray, so that the smallest object store will do.
-        ray.init(
-            address="local",
-            include_dashboard=False,
-            object_store_memory=80 << 20,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-        )
+        with _environment(inherited):
+            ray.init(
+                address="local",
+                include_dashboard=False,
+                object_store_memory=80 << 20,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
     progress.say("ray", f"Ray {ray.__version__}, {'cluster ' + address if address else 'embedded'}, {_resources()}")
     _warn_of_open_cluster(progress)
     try:
-        yield
+        yield inherited
     finally:
         ray.shutdown()
+
+
+def _will_encode_on_cpu(config: JobConfig) -> bool:
+    """Whether no actor of an embedded Ray will have a GPU, as far as that can be told before it has started."""
+    if config.run.gpus_per_actor is not None:
+        return config.run.gpus_per_actor == 0
+    return not any(Path("/dev").glob("nvidia[0-9]*")) and not Path("/dev/kfd").exists()
+
+
+@contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Variables that the processes started meanwhile have."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _warn_of_open_cluster(progress: Progress) -> None:
@@ -730,7 +757,14 @@ def _wanted(stored: DatasetManifest | None, config: JobConfig) -> _Wanted:
 class _Pool:
     """The encoder actors of a run."""
 
-    def __init__(self, config: JobConfig, num_shards: int, progress: Progress, metrics: RunMetrics) -> None:
+    def __init__(
+        self,
+        config: JobConfig,
+        num_shards: int,
+        inherited: Mapping[str, str],
+        progress: Progress,
+        metrics: RunMetrics,
+    ) -> None:
         has_gpu = ray.cluster_resources().get("GPU", 0) > 0
         num_gpus = config.run.gpus_per_actor if config.run.gpus_per_actor is not None else float(has_gpu)
         device_type = "cuda" if num_gpus else "cpu"
@@ -749,7 +783,10 @@ class _Pool:
             "max_task_retries": 0,
             # Beside shards: start or stop, beats, and shards that the driver took for lost with an actor that lived.
             "max_concurrency": 2 * _SHARDS_PER_ACTOR + 2,
-            "runtime_env": {} if num_gpus else {"env_vars": CPU_ENVIRONMENT},
+            # The workers that Ray starts beforehand serve only actors without an environment of their own.
+            "runtime_env": {}
+            if num_gpus or CPU_ENVIRONMENT.items() <= inherited.items()
+            else {"env_vars": CPU_ENVIRONMENT},
         }
         self._crew = f"{num_actors} actors of {num_cpus} CPUs and {num_gpus:g} GPUs each"
         self._progress = progress

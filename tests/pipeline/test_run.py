@@ -554,3 +554,20 @@ def test_the_driver_does_not_wait_for_torch() -> None:
     subprocess.run(
         [sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     )
+
+
+def test_what_the_workers_of_an_embedded_ray_inherit_is_not_left_in_this_process(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("LATENTMILL_A", "before")
+    monkeypatch.delenv("LATENTMILL_B", raising=False)
+    with run._environment({"LATENTMILL_A": "1", "LATENTMILL_B": "2"}):
+        assert (os.environ["LATENTMILL_A"], os.environ["LATENTMILL_B"]) == ("1", "2")
+    assert os.environ["LATENTMILL_A"] == "before"
+    assert "LATENTMILL_B" not in os.environ
+
+
+def test_workers_are_made_for_the_gpu_that_is_asked_for_and_for_none_where_none_is() -> None:
+    asked = parse_arguments([*FLAGS, "--gpus-per-actor", "0.5"])
+    assert not run._will_encode_on_cpu(asked)
+    assert run._will_encode_on_cpu(parse_arguments([*FLAGS, "--gpus-per-actor", "0"]))
