@@ -24,6 +24,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Iterator, Mapping, Set
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -286,32 +287,37 @@ class EncodeActor:
             UsageError: a model cannot be loaded, or there is no GPU for an actor that was given one.
             DecodeChildError: decode children cannot be started here.
         """
+        with self._lock:
+            if self._encoder is None:
+                encoding, limits = self._config.encoding, self._config.decode
+                num_processes = limits.decode_processes or encoding.cpus_on(self._device_type)
+                # Decode children load their libraries while this process loads torch and the models.
+                with ThreadPoolExecutor(1) as beside:
+                    pool = beside.submit(DecodePool, encoding, limits, num_processes)
+                    try:
+                        encoder = self._load_models()
+                    finally:
+                        self._decode_pool = pool.result()
+                self._encoder = encoder
+        return self._facts()
+
+    def _load_models(self) -> ClipEncoder:
         import torch
 
         from pipeline.codec import ClipEncoder
 
-        with self._lock:
-            if self._encoder is None:
-                if self._device_type == "cuda" and not torch.cuda.is_available():
-                    raise UsageError(
-                        f"Ray gave {self!r} a GPU on {platform.node()}, but torch {torch.__version__} sees none: "
-                        "install a CUDA build of torch and a driver, or pass --gpus-per-actor 0 to encode on CPU cores"
-                    )
-                device = torch.device(self._device_type)
-                cores = self._config.encoding.cpus_on(device.type)
-                torch.set_num_threads(cores)
-                limits = self._config.decode
-                self._conditions = ConditionEncoders(
-                    self._config.text,
-                    self._config.image,
-                    self._store,
-                    device,
-                    self._config.encoding.compute_dtype_on(device.type),
-                    cores,
-                )
-                self._decode_pool = DecodePool(self._config.encoding, limits, limits.decode_processes or cores)
-                self._encoder = ClipEncoder(self._config.encoding, device)
-        return self._facts()
+        if self._device_type == "cuda" and not torch.cuda.is_available():
+            raise UsageError(
+                f"Ray gave {self!r} a GPU on {platform.node()}, but torch {torch.__version__} sees none: "
+                "install a CUDA build of torch and a driver, or pass --gpus-per-actor 0 to encode on CPU cores"
+            )
+        encoding, device = self._config.encoding, torch.device(self._device_type)
+        cores = encoding.cpus_on(device.type)
+        torch.set_num_threads(cores)
+        self._conditions = ConditionEncoders(
+            self._config.text, self._config.image, self._store, device, encoding.compute_dtype_on(device.type), cores
+        )
+        return ClipEncoder(encoding, device)
 
     def _facts(self) -> WorkerFacts:
         import torch
