@@ -252,25 +252,10 @@ def alone(encoder: Any, clips: list[Any]) -> dict[str, float]:
 
 def job(actor: Any, encoder: Any, task: dict[str, Any], num_clips: float) -> dict[str, float]:
     """Shards through the actor, two at a time; rates are from the commit of the first to that of the last but one."""
-    from pipeline.commit import fingerprint_of, open_dataset
     from pipeline.plan import plan_shards
-    from pipeline.records import DatasetManifest
-    from pipeline.storage import open_store
 
     config = configuration(task, f"{time.time_ns()}")
-    store = open_store(config.run.output)
-    facts = actor.start()
-    fields = {**config.encoding.fingerprint_fields("cpu"), "decoders": dict(facts.decoders)}
-    about = DatasetManifest(
-        format_version=1,
-        fingerprint=fingerprint_of(fields),
-        fingerprint_fields=fields,
-        model=facts.model,
-        kind="mean",
-        latent_dtype="float16",
-        passthrough={},
-    )
-    open_dataset(store, about)
+    store, about = described(config, actor)
     specs = plan_shards(config.source, store)
     whole, actor._encoder, actor._store = actor._encoder, encoder, store
     marks: list[tuple[float, float, float, float]] = []
@@ -310,6 +295,26 @@ def job(actor: Any, encoder: Any, task: dict[str, Any], num_clips: float) -> dic
         "encoder_cpu_s": encoder_s / total,
         **{stage: statistics.median(r.timings_s[stage] for r in middle_reports) for stage in STAGES},
     }
+
+
+def described(config: Any, actor: Any) -> tuple[Any, Any]:
+    """The store of an output with its description, as the driver opens it."""
+    from pipeline.commit import fingerprint_of, open_dataset
+    from pipeline.records import DatasetManifest
+    from pipeline.storage import open_store
+
+    store, facts = open_store(config.run.output), actor.start()
+    fields = {**config.encoding.fingerprint_fields("cpu"), "decoders": dict(facts.decoders)}
+    about = DatasetManifest(
+        format_version=1,
+        fingerprint=fingerprint_of(fields),
+        fingerprint_fields=fields,
+        model=facts.model,
+        kind="mean",
+        latent_dtype="float16",
+        passthrough={},
+    )
+    return store, open_dataset(store, about)
 
 
 def children_cpu_s() -> float:
