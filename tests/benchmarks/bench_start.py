@@ -135,7 +135,7 @@ def followed(
     import selectors
 
     begun, marks, cpu_s = time.perf_counter(), {}, 0.0
-    last, buffer = parts[-1], b""
+    last, buffer, said = parts[-1], b"", b""
     process = subprocess.Popen(
         command, env={**os.environ, **env}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=tempfile.gettempdir()
     )
@@ -147,7 +147,7 @@ def followed(
             if selector.select(0.02):
                 data = os.read(process.stderr.fileno(), 1 << 16)
                 is_open = bool(data)
-                buffer += data
+                buffer, said = buffer + data, said + data
                 *lines, buffer = buffer.split(b"\n")
                 for line in lines:
                     event = json.loads(line).get("event") if line.startswith(b"{") else None
@@ -157,7 +157,7 @@ def followed(
                 marks[last] = time.perf_counter() - begun
             if last in marks and not cpu_s:
                 cpu_s = tree_cpu_s(process.pid)
-    assert process.returncode == 0, f"{command} ended with {process.returncode}: {buffer!r}"
+    assert process.returncode == 0, f"{command} ended with {process.returncode}: {said.decode()}"
     ends = [marks[part] for part in parts]
     times = [end - start for start, end in zip([0.0, *ends[:-1]], ends, strict=True)]
     return {
