@@ -54,9 +54,9 @@ _DECORD_CONTAINERS = ("mov", "matroska")
 _DECORD_CODECS = frozenset(CODECS) - {"av1"}
 # decord and PyAV scale with the same filter from different FFmpegs: measured 0.6 levels apart on the average.
 _AGREEMENT_LEVELS = 4.0
-# decord reads a file as a path, which a sandbox has none of, or from memory. Of larger files it gets, clip by clip, the
-# packets that the clip needs.
+# decord reads a file as a path, which a sandbox has none of, or from memory. Of larger files it gets excerpts.
 _LARGEST_IN_MEMORY_BYTES = 64 << 20
+_LARGEST_EXCERPT_BYTES = 64 << 20
 _READ_BYTES = 1 << 18
 # Frames that decord takes in one call; the child gives no sign of life in it.
 _DECORD_FRAMES_PER_CALL = 8
@@ -783,6 +783,8 @@ class ClipReader:
         self._sign_of_life = sign_of_life
         self._strict = _StrictReader(media_fd, scan, shape, limits, sign_of_life)
         self._decord: _DecordReader | None = None
+        # The frames that `_decord` has: all, or those of an excerpt.
+        self._held = range(0)
         self._by_decord = (
             scan.container in _DECORD_CONTAINERS
             and scan.codec in _DECORD_CODECS
@@ -808,8 +810,7 @@ class ClipReader:
         return decoder
 
     def _read(self, indices: npt.NDArray[np.int64], frames: npt.NDArray[np.uint8]) -> str:
-        read_by_decord = self._read_by_decord if self._fits_memory else self._read_alone
-        has_read = self._by_decord and read_by_decord(indices, frames)
+        has_read = self._by_decord and self._read_by_decord(indices, frames)
         # decord puts the last good frame in a damaged one's place without a word, and the FFmpeg in it hides errors in
         # the picture and says so on standard error only. Whether a picture stands still or a decoder repeats itself,
         # only a strict decoder can tell. A complaint counts from then on: damage goes from frame to frame.
@@ -823,12 +824,10 @@ class ClipReader:
         return decoder_class("av")
 
     def _read_by_decord(self, indices: npt.NDArray[np.int64], frames: npt.NDArray[np.uint8]) -> bool:
-        """Whether decord, reading on in the whole file, gave all frames."""
+        """Whether decord, reading on in the file or in a long excerpt of it, gave all frames."""
         try:
-            if self._decord is None:
-                whole = io.BufferedReader(_Media(self._media_fd))
-                self._decord = _DecordReader(whole, self._scan, self._shape, self._sign_of_life)
-            self._decord.read(indices, frames)
+            reader = self._decord_with(int(indices[0]), int(indices[-1]))
+            reader.read(indices - self._held.start, frames)
         except MemoryError:
             raise
         except _NumberingError:
@@ -842,11 +841,38 @@ class ClipReader:
             return False
         return True
 
+    def _decord_with(self, first: int, last: int) -> _DecordReader:
+        """A reader that has the frames from `first` to `last` and what they refer to.
+
+        An excerpt begins at a key frame, so that clips within a long group of pictures would each decode it from its
+        beginning. The excerpt of a clip that stands alone ends with it; one for a clip that follows on the last excerpt
+        is three times as long as that.
+        """
+        key_frame = self._scan.key_frame_before(first)
+        if self._decord is not None and self._held.start <= key_frame and last < self._held.stop:
+            return self._decord
+        self._decord = None
+        if self._fits_memory:
+            whole = io.BufferedReader(_Media(self._media_fd))
+            self._decord = _DecordReader(whole, self._scan, self._shape, self._sign_of_life)
+            self._held = range(len(self._scan.pts))
+            return self._decord
+        follows = self._held.start <= key_frame <= self._held.stop and first >= self._held.start
+        reach = max(last, key_frame + 3 * len(self._held)) if follows else last
+        excerpt, alone, num_held = _excerpt(
+            self._media_fd, self._scan, self._limits, key_frame, last, reach, self._sign_of_life
+        )
+        self._decord = _DecordReader(excerpt, alone, self._shape, self._sign_of_life)
+        self._held = range(key_frame, key_frame + num_held)
+        return self._decord
+
     def _read_alone(self, indices: npt.NDArray[np.int64], frames: npt.NDArray[np.uint8]) -> bool:
         """Whether decord gave all frames from a file that ends with the last of them."""
         first, last = self._scan.key_frame_before(int(indices[0])), int(indices[-1])
         try:
-            excerpt, alone = _excerpt(self._media_fd, self._scan, self._limits, first, last, self._sign_of_life)
+            excerpt, alone, _ = _excerpt(
+                self._media_fd, self._scan, self._limits, first, last, last, self._sign_of_life
+            )
             _DecordReader(excerpt, alone, self._shape, self._sign_of_life).read(indices - first, frames)
         except MemoryError:
             raise
@@ -856,16 +882,27 @@ class ClipReader:
 
 
 def _excerpt(
-    media_fd: int, scan: Scan, limits: DecodeLimits, first: int, last: int, sign_of_life: Callable[[], None]
-) -> tuple[io.BytesIO, Scan]:
-    """A file of the same kind with the packets that the frames from the key frame `first` to `last` need, and its scan.
+    media_fd: int,
+    scan: Scan,
+    limits: DecodeLimits,
+    first: int,
+    last: int,
+    reach: int,
+    sign_of_life: Callable[[], None],
+) -> tuple[io.BytesIO, Scan, int]:
+    """A file of the same kind with the packets that the frames from the key frame `first` to `last` need.
 
-    Some frames that are shown later may be in it, because others refer to them.
+    It goes on to the frame `reach` where it does not become too large. Some frames that are shown later may be in it,
+    because others refer to them.
+
+    Returns:
+        the file, its scan, and how many frames from `first` on are in it without a gap.
     """
     import av
 
     made = io.BytesIO()
     missing = set(map(int, scan.pts[first : last + 1]))
+    wished = set(map(int, scan.pts[last + 1 : reach + 1]))
     copied: list[int] = []
     with (
         _open_container(media_fd, limits) as container,
@@ -877,16 +914,21 @@ def _excerpt(
         for packet in _packets(container, stream):
             sign_of_life()
             time = None if packet is None else _time_of(packet)
-            if packet is None or time is None or not missing:
+            is_enough = not missing and (not wished or made.tell() > _LARGEST_EXCERPT_BYTES)
+            if packet is None or time is None or is_enough:
                 break
             if copied or time == scan.pts[first]:
                 missing.discard(time)
+                wished.discard(time)
                 copied.append(time)
                 packet.stream = target
                 copy.mux(packet)
     made.seek(0)
     pts = np.array(sorted(copied), dtype=np.int64)
-    return made, dataclasses.replace(scan, pts=pts, key_frames=np.zeros(1, dtype=np.int64))
+    is_held = np.isin(scan.pts[first:], pts)
+    num_held = len(is_held) if is_held.all() else int(is_held.argmin())
+    key_frames = scan.key_frames[(first < scan.key_frames) & (scan.key_frames < first + num_held)] - first
+    return made, dataclasses.replace(scan, pts=pts, key_frames=np.insert(key_frames, 0, 0)), num_held
 
 
 def _needs_own_turning(scan: Scan) -> bool:

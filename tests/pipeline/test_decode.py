@@ -858,13 +858,15 @@ def test_children_that_cannot_start_are_a_fault_of_the_installation(monkeypatch:
     assert open_descriptors() == before
 
 
-def test_large_files_are_decoded_clip_by_clip_to_the_same_frames(
-    monkeypatch: pytest.MonkeyPatch, pool: DecodePool
+@pytest.mark.parametrize("cut", [{"fps": 8.0}, {"fps": None}, {"fps": None, "clip_stride": 30}])
+def test_large_files_are_decoded_in_excerpts_to_the_same_frames(
+    monkeypatch: pytest.MonkeyPatch, cut: dict[str, Any]
 ) -> None:
-    expected = digests(list(pool.decode([video(WAVES)])))
+    expected = digests(decode([video(WAVES)], **cut))
+    assert len(expected) > 1
     small_memory = "from pipeline import frames; frames._LARGEST_IN_MEMORY_BYTES = 1000; from pipeline.decode_child"
     monkeypatch.setattr("pipeline.decode._START", _START.replace("from pipeline.decode_child", small_memory))
-    assert digests(decode([video(WAVES)])) == expected
+    assert digests(decode([video(WAVES)], **cut)) == expected
 
 
 def test_decoder_versions_are_told_without_loading_a_decoder() -> None:
