@@ -19,6 +19,7 @@ bench: .venv/installed-test
 	.venv/bin/python tests/benchmarks/bench_pipeline.py
 	.venv/bin/python tests/benchmarks/bench_commit.py
 	.venv/bin/python tests/benchmarks/bench_start.py
+	.venv/bin/python tests/benchmarks/bench_peers.py
 	.venv/bin/python tests/benchmarks/bench_layout.py
 	.venv/bin/python tests/benchmarks/bench_scale.py
 	.venv/bin/python tests/benchmarks/bench_reader.py $(if $(LITDATA_PYTHON),--litdata-python "$(LITDATA_PYTHON)")
