@@ -608,7 +608,7 @@ class _DecordReader:
             self._walk_to(first)
             reachable = int(np.searchsorted(indices, first + _DECORD_SKIPS_PER_CALL, side="right"))
             until = min(reachable, done + _DECORD_FRAMES_PER_CALL)
-            batch: npt.NDArray[np.uint8] = np.from_dlpack(_Lent(self._reader.get_batch(indices[done:until])))
+            batch = np.asarray(np.from_dlpack(_Lent(self._reader.get_batch(indices[done:until]))), np.uint8)
             # Where decord pads lines it may misread them, as pictures of six channels for example.
             expected = (until - done, self._shape.height_px, self._shape.width_px, 3)
             if batch.shape != expected:
