@@ -7,17 +7,18 @@ caption, dropout) depends on the seed, the epoch and the sample alone: not on ra
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from pipeline.columns import ColumnSet
 from pipeline.errors import DamagedObjectError
 from pipeline.records import ModelFacts
-from pipeline.stored import StoredRecord
+from pipeline.stored import StoredRows
 
 # What a batch holds beside the columns that were asked for.
 BATCH_NAMES = (
@@ -62,74 +63,80 @@ class BatchRecipe:
         """The columns that rows must have."""
         return tuple(dict.fromkeys([*self.captions, "fps", *self.columns]))
 
-    def batch(self, records: Sequence[StoredRecord], shard_ids: Sequence[str], epoch: int) -> dict[str, Any]:
-        """The values of a batch whose rows have one shape.
+    def batch(self, rows: Sequence[tuple[StoredRows, int]], shard_ids: Sequence[str], epoch: int) -> dict[str, Any]:
+        """The values of a batch whose rows, each given by its group and its index there, have one shape.
 
         Raises:
             DamagedObjectError: they have several.
             UsageError: a column set lacks one of them.
         """
-        batch: dict[str, Any] = {name: [record.columns[name] for record in records] for name in self.columns}
-        means = self._means(records, shard_ids)
+        batch: dict[str, Any] = {name: [group.columns[name][index] for group, index in rows] for name in self.columns}
+        batch["key"] = keys = [group.keys[index] for group, index in rows]
+        batch["clip_index"] = clip_indices = [group.clip_indices[index] for group, index in rows]
+        batch["shard_id"] = list(shard_ids)
+        batch["fps"] = [group.columns["fps"][index] for group, index in rows]
+        samples = list(zip(shard_ids, clip_indices, keys, strict=True))
+        latents = [group.latents[index] for group, index in rows]
+        means = self._means(rows, latents, shard_ids)
         if self.first_frame:
             batch["first_latent"] = self._scaled(means[:, :, 0].clone())
         if self.sample_posterior:
-            for latent, record, shard_id in zip(means, records, shard_ids, strict=True):
-                latent += self._noise(record, shard_id, epoch)
+            for mean, latent, sample in zip(means, latents, samples, strict=True):
+                mean += _noise(latent[len(latent) // 2 :], self._digest(sample, epoch))
         batch["latents"] = self._scaled(means)
-        batch["caption"] = [
-            self._caption(record, shard_id, epoch) for record, shard_id in zip(records, shard_ids, strict=True)
-        ]
-        batch["key"] = [record.key for record in records]
-        batch["clip_index"] = [record.clip_index for record in records]
-        batch["shard_id"] = list(shard_ids)
-        batch["fps"] = [record.columns["fps"] for record in records]
+        texts = [[group.columns[name][index] or "" for name in self.captions] for group, index in rows]
+        if len(self.captions) == 1 and not self.caption_dropout:
+            batch["caption"] = [text for (text,) in texts]
+        else:
+            batch["caption"] = [
+                self._drawn(some, self._digest(sample, epoch)) for some, sample in zip(texts, samples, strict=True)
+            ]
         if self.text is not None:
             text = self.text
             found = [text.caption(shard, words) for shard, words in zip(shard_ids, batch["caption"], strict=True)]
             batch["caption_embedding"], batch["caption_mask"] = _padded(found)
         if self.image is not None:
-            images = [self.image.image(s, r.key, r.clip_index) for s, r in zip(shard_ids, records, strict=True)]
+            images = [self.image.image(shard, key, clip_index) for shard, clip_index, key in samples]
             batch["image_embedding"] = torch.from_numpy(np.stack(images).astype(np.float32))
         return batch
 
-    def _means(self, records: Sequence[StoredRecord], shard_ids: Sequence[str]) -> torch.Tensor:
-        shapes = {record.latent.shape for record in records}
+    def _means(
+        self, rows: Sequence[tuple[StoredRows, int]], latents: Sequence[Any], shard_ids: Sequence[str]
+    ) -> torch.Tensor:
+        shapes = {latent.shape for latent in latents}
         if len(shapes) > 1:
             raise DamagedObjectError(f"latents of one bucket have the shapes {sorted(shapes)} in shards {shard_ids}")
+        means = [
+            latent if group.kinds[index] == "mean" else latent[: len(latent) // 2]
+            for latent, (group, index) in zip(latents, rows, strict=True)
+        ]
         # Torch widens half floats several times as fast as numpy.
-        return torch.from_numpy(np.stack([record.mean for record in records])).float()
+        return torch.from_numpy(np.concatenate(means)).float().view(len(means), *means[0].shape)
 
     def _scaled(self, latents: torch.Tensor) -> torch.Tensor:
-        if not self.is_scaled:
-            return latents
-        return latents.sub_(self.model.shift_factor).mul_(self.model.scaling_factor)
+        # A shift of 0, as most image VAEs have it, would be a pass over the batch for nothing.
+        if self.is_scaled and self.model.shift_factor:
+            latents.sub_(self.model.shift_factor)
+        return latents.mul_(self.model.scaling_factor) if self.is_scaled else latents
 
-    def _noise(self, record: StoredRecord, shard_id: str, epoch: int) -> torch.Tensor:
-        """A draw of the posterior less its mean."""
-        assert record.logvar is not None, f"{record.key!r} of shard {shard_id} has no log-variance"
-        seed = int.from_bytes(self._digest(record, shard_id, epoch)[:8], "big") >> 1
-        logvar = torch.from_numpy(record.logvar.astype(np.float32)).clamp_(*_LOGVAR_RANGE)
-        noise = torch.randn(logvar.shape, generator=torch.Generator().manual_seed(seed))
-        return logvar.mul_(0.5).exp_().mul_(noise)
-
-    def _caption(self, record: StoredRecord, shard_id: str, epoch: int) -> str:
-        if len(self.captions) == 1 and not self.caption_dropout:
-            return _text(record.columns, self.captions[0])
-        digest = self._digest(record, shard_id, epoch)
+    def _drawn(self, texts: Sequence[str], digest: bytes) -> str:
+        """One of the captions of a sample that are not empty, or none."""
         if int.from_bytes(digest[8:16], "big") < self.caption_dropout * 2**64:
             return ""
-        texts = [text for name in self.captions if (text := _text(record.columns, name))]
+        texts = [text for text in texts if text]
         return texts[int.from_bytes(digest[16:24], "big") % len(texts)] if texts else ""
 
-    def _digest(self, record: StoredRecord, shard_id: str, epoch: int) -> bytes:
-        name = f"{self.seed}/{epoch}/{shard_id}/{record.clip_index}/{record.key}"
-        return hashlib.sha256(name.encode()).digest()
+    def _digest(self, sample: tuple[str, int, str], epoch: int) -> bytes:
+        shard_id, clip_index, key = sample
+        return hashlib.sha256(f"{self.seed}/{epoch}/{shard_id}/{clip_index}/{key}".encode()).digest()
 
 
-def _text(columns: Mapping[str, Any], name: str) -> str:
-    text: str | None = columns[name]
-    return text or ""
+def _noise(logvar: npt.NDArray[np.floating], digest: bytes) -> torch.Tensor:
+    """A draw of a posterior less its mean."""
+    seed = int.from_bytes(digest[:8], "big") >> 1
+    clamped = torch.from_numpy(logvar.astype(np.float32)).clamp_(*_LOGVAR_RANGE)
+    noise = torch.randn(clamped.shape, generator=torch.Generator().manual_seed(seed))
+    return clamped.mul_(0.5).exp_().mul_(noise)
 
 
 def _padded(embeddings: Sequence[Any]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -342,9 +342,9 @@ class LatentDataset(IterableDataset[dict[str, Any]]):
         worker = get_worker_info()
         worker_id, num_workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
         reader = self._row_reader(num_workers)
-        for batch, records in reader.read(self._planned_batches(plan, epoch, passed, turn, worker_id, num_workers)):
-            loaded = self._recipe.batch(records, [plan.files[file].shard_id for file in batch.files], epoch)
-            loaded["is_padding"] = list(batch.is_padding)
+        for batch, rows in reader.read(self._planned_batches(plan, epoch, passed, turn, worker_id, num_workers)):
+            loaded = self._recipe.batch(rows, [plan.files[file].shard_id for file in batch.files.tolist()], epoch)
+            loaded["is_padding"] = [row >= batch.num_distinct for row in range(len(rows))]
             loaded["bucket"] = batch.bucket
             loaded["cursor"] = self._state(plan, epoch, batch.number)
             self._position = epoch, batch.number, batch.turn + 1
@@ -374,9 +374,9 @@ class LatentDataset(IterableDataset[dict[str, Any]]):
                     number=number,
                     turn=turn,
                     bucket=plan.buckets[batch.bucket],
-                    files=files.tolist(),
-                    numbers=numbers.tolist(),
-                    is_padding=[row >= batch.num_distinct for row in range(start, stop)],
+                    files=files,
+                    numbers=numbers,
+                    num_distinct=batch.num_distinct - start,
                 )
             turn += 1
 

@@ -15,7 +15,7 @@ from collections import OrderedDict, deque
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Generic, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -27,7 +27,7 @@ from pipeline.committed import DataFile, FileCache, open_bytes
 from pipeline.errors import DamagedObjectError, StorageNotFoundError
 from pipeline.selection import matching_rows
 from pipeline.storage import ObjectStore
-from pipeline.stored import RecordFile, StoredRecord
+from pipeline.stored import RecordFile, StoredRecord, StoredRows
 
 # Fetching waits for the network, checking for a core: a few threads keep both busy.
 _NUM_FETCHERS = 8
@@ -37,6 +37,8 @@ _NUM_DECODERS = 2
 _BATCHES_AHEAD = 1024
 _BATCHES_DECODED_AHEAD = 16
 _V = TypeVar("_V")
+# A row: the group that holds it, and its index there.
+Place: TypeAlias = tuple[StoredRows, int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,15 +49,16 @@ class PlannedBatch:
         number: of its global batch in the epoch, from 1.
         turn: how many batches this rank got before, counted from where the pass began.
         files, numbers: `(B,)`, the file of each row and the row's number among those of the bucket that count there.
-        is_padding: rows that repeat others.
+        num_distinct: rows from here on repeat others.
     """
 
     number: int
     turn: int
     bucket: str
-    files: Sequence[int]
-    numbers: Sequence[int]
-    is_padding: Sequence[bool]
+    # Arrays: hundreds of batches are planned ahead, and the garbage collector looks at every list.
+    files: npt.NDArray[np.int64]
+    numbers: npt.NDArray[np.int64]
+    num_distinct: int
 
 
 class RowReader:
@@ -97,9 +100,9 @@ class RowReader:
         self._wanted = wanted
         self._window_bytes = window_bytes
         self._files: _Recent[OpenFile] = _Recent(max_open_files)
-        self._groups: _Recent[list[StoredRecord]] = _Recent(2 * window_bytes, at_least=2 * num_lanes)
+        self._groups: _Recent[StoredRows] = _Recent(2 * window_bytes, at_least=2 * num_lanes)
 
-    def read(self, batches: Iterable[PlannedBatch]) -> Iterator[tuple[PlannedBatch, list[StoredRecord]]]:
+    def read(self, batches: Iterable[PlannedBatch]) -> Iterator[tuple[PlannedBatch, list[Place]]]:
         """The batches with their rows; meanwhile files of later ones are fetched, up to `window_bytes` not used yet.
 
         Raises:
@@ -117,7 +120,7 @@ class RowReader:
                     batch = next(batches, None)
                     if batch is None:
                         return
-                    new = [file for file in dict.fromkeys(batch.files) if background.begin_file(file)]
+                    new = [file for file in dict.fromkeys(batch.files.tolist()) if background.begin_file(file)]
                     new_bytes = sum(self.data_files[file].stat.num_bytes for file in new)
                     num_bytes += new_bytes
                     ahead.append((batch, new_bytes))
@@ -128,22 +131,37 @@ class RowReader:
                 batch, new_bytes = ahead.popleft()
                 if len(ahead) >= _BATCHES_DECODED_AHEAD:
                     background.begin_groups(ahead[_BATCHES_DECODED_AHEAD - 1][0])
-                places = zip(batch.files, batch.numbers, strict=True)
-                records = [self.record(file, batch.bucket, number, background) for file, number in places]
+                rows = self._rows(batch, background)
                 num_bytes -= new_bytes
                 look_ahead(_BATCHES_AHEAD)
-                yield batch, records
+                yield batch, rows
 
-    def record(self, file: int, bucket: str, number: int, background: _Background | None = None) -> StoredRecord:
+    def _rows(self, batch: PlannedBatch, background: _Background) -> list[Place]:
+        found: list[Place] = []
+        last_file = last_group = -1
+        # Rows stand in the order of their files, and most files have few groups.
+        for file, number in zip(batch.files.tolist(), batch.numbers.tolist(), strict=True):
+            if file != last_file:
+                places = self.file(file, background).places[batch.bucket]
+            group, index = places[number]
+            if file != last_file or group != last_group:
+                rows = self._group(file, group, background)
+            last_file, last_group = file, group
+            found.append((rows, index))
+        return found
+
+    def _group(self, file: int, group: int, background: _Background | None = None) -> StoredRows:
+        rows = self._groups.find((file, group))
+        if rows is None:
+            opened = self.file(file, background)
+            rows = opened.read(group, self.columns) if background is None else background.group(opened, file, group)
+            self._groups.keep((file, group), rows, rows.num_bytes)
+        return rows
+
+    def record(self, file: int, bucket: str, number: int) -> StoredRecord:
         """The row with this number among the rows of the bucket that count in the file; raises as `read` does."""
-        opened = self.file(file, background)
-        group, index = opened.places[bucket][number]
-        records = self._groups.find((file, group))
-        if records is None:
-            records = opened.read(group, self.columns) if background is None else background.group(opened, file, group)
-            weight = sum(record.latent.nbytes + _text_bytes(record.columns) for record in records)
-            self._groups.keep((file, group), records, weight)
-        return records[index]
+        group, index = self.file(file).places[bucket][number]
+        return self._group(file, group).record(index)
 
     def file(self, file: int, background: _Background | None = None) -> OpenFile:
         """A file, checked and open."""
@@ -211,10 +229,10 @@ class OpenFile:
         self._records = records
         self._lock = threading.Lock()
 
-    def read(self, group: int, columns: Sequence[str]) -> list[StoredRecord]:
+    def read(self, group: int, columns: Sequence[str]) -> StoredRows:
         """Decodes a row group; safe in threads, one at a time."""
         with self._lock:
-            return self._records.read_group(group, columns)
+            return self._records.read_rows(group, columns)
 
 
 class _Background:
@@ -228,7 +246,7 @@ class _Background:
         self._fetchers = ThreadPoolExecutor(_NUM_FETCHERS, thread_name_prefix="latentmill-fetch")
         self._decoders = ThreadPoolExecutor(_NUM_DECODERS, thread_name_prefix="latentmill-decode")
         self._files: dict[int, Future[OpenFile]] = {}
-        self._groups: dict[tuple[int, int], Future[list[StoredRecord]]] = {}
+        self._groups: dict[tuple[int, int], Future[StoredRows]] = {}
 
     def __enter__(self) -> _Background:
         return self
@@ -247,16 +265,18 @@ class _Background:
 
     def begin_groups(self, batch: PlannedBatch) -> None:
         """Has decoded what a batch needs of the files that are open."""
-        numbers_of: dict[int, list[int]] = {}
-        for file, number in zip(batch.files, batch.numbers, strict=True):
-            numbers_of.setdefault(file, []).append(number)
-        for file, numbers in numbers_of.items():
-            coming = self._files.get(file)
-            if coming is not None and not (coming.done() and coming.exception() is None):
+        last_file = last_group = -1
+        for file, number in zip(batch.files.tolist(), batch.numbers.tolist(), strict=True):
+            if file != last_file:
+                last_file, last_group = file, -1
+                coming = self._files.get(file)
+                is_open = coming is None or (coming.done() and coming.exception() is None)
+                opened = self._reader.file(file, self) if is_open else None
+            if opened is None:
                 continue
-            opened = self._reader.file(file, self)
-            places = opened.places[batch.bucket]
-            for group in dict.fromkeys(places[number][0] for number in numbers):
+            group, _ = opened.places[batch.bucket][number]
+            if group != last_group:
+                last_group = group
                 if (file, group) not in self._groups and not self._reader.has_group(file, group):
                     self._groups[file, group] = self._decoders.submit(opened.read, group, self._reader.columns)
 
@@ -265,7 +285,7 @@ class _Background:
         coming = self._files.pop(file, None)
         return self._reader.opened(file) if coming is None else coming.result()
 
-    def group(self, opened: OpenFile, file: int, group: int) -> list[StoredRecord]:
+    def group(self, opened: OpenFile, file: int, group: int) -> StoredRows:
         """A row group that was begun, or decoded now."""
         coming = self._groups.pop((file, group), None)
         return opened.read(group, self._reader.columns) if coming is None else coming.result()
@@ -297,7 +317,3 @@ class _Recent(Generic[_V]):
         self._weight += weight
         while self._weight > self._limit and len(self._entries) > self._at_least:
             self._weight -= self._entries.popitem(last=False)[1][1]
-
-
-def _text_bytes(columns: Mapping[str, object]) -> int:
-    return sum(len(value) for value in columns.values() if isinstance(value, str))

@@ -7,13 +7,14 @@ Training reads through `committed`; checks and conversions of an output call `re
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import tarfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeAlias, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -51,6 +52,58 @@ class StoredRecord:
         return None if self.kind == "mean" else self.latent[len(self.latent) // 2 :]
 
 
+# One after the other, or stacked where all have one shape.
+_Latents: TypeAlias = Sequence[npt.NDArray[np.floating]] | npt.NDArray[np.floating]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredRows:
+    """The rows of a group by column, so that a batch takes values of many without an object for each.
+
+    Attributes:
+        keys, clip_indices, kinds, latents: of each row as a `StoredRecord` has them.
+        columns: of each column that was asked for the values of all rows.
+        num_bytes: about the memory that they take.
+    """
+
+    keys: Sequence[str]
+    clip_indices: Sequence[int]
+    kinds: Sequence[Literal["mean", "moments"]]
+    latents: _Latents
+    columns: Mapping[str, Sequence[Any]]
+    num_bytes: int
+
+    @classmethod
+    def of(
+        cls,
+        table: Mapping[str, Sequence[Any]],
+        latents: _Latents,
+        columns: Sequence[str] | None,
+    ) -> StoredRows:
+        """Rows of a table of Python values, of which all columns were asked for or the named ones."""
+        absent = [None] * len(latents)
+        found = table if columns is None else {name: table.get(name, absent) for name in columns}
+        texts = (value for values in found.values() for value in values if isinstance(value, str))
+        return cls(
+            keys=table["key"],
+            clip_indices=table["clip_index"],
+            kinds=table["kind"],
+            latents=latents,
+            columns=found,
+            num_bytes=sum(latent.nbytes for latent in latents) + sum(map(len, texts)),
+        )
+
+    def record(self, index: int) -> StoredRecord:
+        """One of the rows."""
+        return StoredRecord(
+            key=self.keys[index],
+            clip_index=self.clip_indices[index],
+            kind=self.kinds[index],
+            latent=self.latents[index],
+            columns={name: values[index] for name, values in self.columns.items()},
+        )
+
+
 _ALWAYS_READ = ("key", "clip_index", "latent", "latent_shape", "latent_dtype", "kind")
 
 
@@ -72,12 +125,17 @@ class RecordFile(ABC):
         """Some columns of every row, `latent` not among them, without reading latents."""
 
     @abstractmethod
-    def read_group(self, group: int, columns: Sequence[str] | None = None) -> list[StoredRecord]:
+    def read_rows(self, group: int, columns: Sequence[str] | None = None) -> StoredRows:
         """The rows of a group with all columns, or with the named ones.
 
         Raises:
             DamagedObjectError: bytes and columns of a row contradict each other.
         """
+
+    def read_group(self, group: int, columns: Sequence[str] | None = None) -> list[StoredRecord]:
+        """As `read_rows`, one by one."""
+        rows = self.read_rows(group, columns)
+        return [rows.record(index) for index in range(len(rows.keys))]
 
 
 class _ParquetRecords(RecordFile):
@@ -93,18 +151,32 @@ class _ParquetRecords(RecordFile):
         table = self._file.read(columns=list(names))
         return list(zip(*(table.column(name).to_pylist() for name in names), strict=True))
 
-    def read_group(self, group: int, columns: Sequence[str] | None = None) -> list[StoredRecord]:
+    def read_rows(self, group: int, columns: Sequence[str] | None = None) -> StoredRows:
         names = None if columns is None else list(dict.fromkeys([*_ALWAYS_READ, *columns]))
         table = self._file.read_row_group(group, columns=names)
-        latents = table.column("latent")
-        rows = table.drop_columns(["latent"]).to_pylist()
-        records = []
-        for row, latent in zip(rows, latents, strict=True):
-            if row.get("extra") is not None:
-                row["extra"] = json.loads(row["extra"])
-            array = decode_latent(latent.as_buffer(), row["latent_shape"], row["latent_dtype"])
-            records.append(_stored(row, array, columns))
-        return records
+        values = table.drop_columns(["latent"]).to_pydict()
+        if "extra" in values:
+            values["extra"] = [None if extra is None else json.loads(extra) for extra in values["extra"]]
+        latents = _latents(table.column("latent"), values["latent_shape"], values["latent_dtype"])
+        return StoredRows.of(values, latents, columns)
+
+
+def _latents(column: pa.ChunkedArray, shapes: Sequence[Sequence[int]], dtypes: Sequence[str]) -> _Latents:
+    """Views of the values where Arrow has them; rows of one shape are one array, without an object for each."""
+    if column.num_chunks != 1 or not len(column) or column.null_count or not pa.types.is_binary(column.type):
+        return [
+            decode_latent(value.as_buffer(), shape, dtype)
+            for value, shape, dtype in zip(column, shapes, dtypes, strict=True)
+        ]
+    (chunk,) = column.chunks
+    _, edges, data = chunk.buffers()
+    bounds = np.frombuffer(edges, np.int32, len(chunk) + 1, chunk.offset * 4)
+    values = memoryview(data)[bounds[0] : bounds[-1]]
+    sizes = np.diff(bounds)
+    if (sizes == sizes[0]).all() and dtypes.count(dtypes[0]) == len(dtypes) and shapes.count(shapes[0]) == len(shapes):
+        return decode_latent(values, [len(chunk), *shapes[0]], dtypes[0])
+    parts = [values[start:stop] for start, stop in itertools.pairwise(bounds.tolist())]
+    return list(map(decode_latent, parts, shapes, dtypes))
 
 
 class _TarRecords(RecordFile):
@@ -132,7 +204,7 @@ class _TarRecords(RecordFile):
     def read_columns(self, names: Sequence[str]) -> list[tuple[Any, ...]]:
         return [tuple(row[name] for name in names) for row in self._rows]
 
-    def read_group(self, group: int, columns: Sequence[str] | None = None) -> list[StoredRecord]:
+    def read_rows(self, group: int, columns: Sequence[str] | None = None) -> StoredRows:
         row, members = self._rows[group], self._groups[group]
         parts = ("latent",) if row["kind"] == "mean" else ("mean", "logvar")
         arrays = [_array_of_npy(self._read(members, f"{part}.npy"), row["key"]) for part in parts]
@@ -142,7 +214,7 @@ class _TarRecords(RecordFile):
                 f"the latent of {row['key']!r} is {latent.shape} {latent.dtype.name}; its JSON says "
                 f"{tuple(row['latent_shape'])} {row['latent_dtype']}"
             )
-        return [_stored(row, latent, columns)]
+        return StoredRows.of({name: [value] for name, value in row.items()}, [latent], columns)
 
 
 def _array_of_npy(data: bytes, key: str) -> npt.NDArray[np.floating]:
@@ -157,16 +229,6 @@ def _array_of_npy(data: bytes, key: str) -> npt.NDArray[np.floating]:
         return np.frombuffer(data, dtype, offset=stream.tell()).reshape(shape)
     except (ValueError, TypeError) as error:
         raise DamagedObjectError(f"the latent of {key!r} is no .npy of floats: {error}") from error
-
-
-def _stored(row: Mapping[str, Any], latent: npt.NDArray[np.floating], columns: Sequence[str] | None) -> StoredRecord:
-    return StoredRecord(
-        key=row["key"],
-        clip_index=row["clip_index"],
-        kind=row["kind"],
-        latent=latent,
-        columns=dict(row) if columns is None else {name: row.get(name) for name in columns},
-    )
 
 
 def open_records(source: Path | pa.Buffer | bytes, content: Content, *, with_page_checksums: bool = True) -> RecordFile:
