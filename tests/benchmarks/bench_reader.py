@@ -1,17 +1,21 @@
 """How fast training reads latents: LatentDataset beside stock WebDataset and LitData, and what it costs to begin.
 
-Run as a script (`make bench` does); prints Markdown tables. LitData needs another botocore than Latentmill, so it lives
-in a virtual environment of its own: --litdata-python names its interpreter; without one its column is left out.
+Run as a script (`make bench` does). LitData needs another botocore than Latentmill, so it lives in a virtual
+environment of its own: --litdata-python names its interpreter; without one its column is left out.
 
-Every reader gives the same: batches of 8 of one shape, shuffled, float32 and scaled, with caption and key, from the
-same latents: those of the real clips of the tests, encoded by the model "small" (float16; 4 of its 32 channels, as
-Stable Diffusion has them: 40 KB, so that what a sample costs beside its bytes shows), multiplied as in bench_layout.
-Latentmill reads its Parquet (zstd) with windows of 32 MiB and checks every SHA-256 in the first epoch; WebDataset reads
-Latentmill's tars through a shuffle buffer of 1,000; LitData reads its own chunks of 64 MB, written by its own writer,
-and checks nothing. From the object store each begins with an empty cache; WebDataset has none. Every measurement is a
-process of its own; the readers take turns, the median of the rounds counts, and rates are from the first batch to the
-end of the third epoch. Memory comes from a run of its own: the proportional set size (PSS) of the process and its
-workers at its highest, less what it was after the imports.
+Every reader does the same work: batches of 8 of one shape, shuffled, float32 and scaled, with caption and key (ours
+also with its other columns and the cursor), from the same latents: those of the real clips of the tests, encoded by the
+model "small" (float16; 4 of its 32 channels, as Stable Diffusion has them: 40 KB, so that what a sample costs beside
+its bytes shows), multiplied as in bench_layout. Latentmill reads its Parquet with windows of 32 MiB and checks every
+SHA-256 in the first epoch; WebDataset reads Latentmill's tars through a shuffle buffer of 1,000; LitData reads its own
+chunks of 64 MB, written by its own writer, and checks nothing. From the object store each begins with an empty cache;
+WebDataset has none. "Large files" are the same latents in two shards, each several windows long.
+
+For all of them the clock of the first epoch starts before the dataset is opened, and that of the later two when the
+first is over; waiting for a first batch and starting workers count. Every measurement is a process of its own; the
+readers take turns, and medians of the rounds count. Processor time is that of the process and those below it. Memory
+comes from a run of its own: the proportional set size (PSS) of the process and its workers at its highest, less what it
+was after the imports.
 """
 
 from __future__ import annotations
@@ -20,8 +24,6 @@ import argparse
 import itertools
 import json
 import os
-import platform
-import resource
 import shutil
 import statistics
 import subprocess
@@ -29,13 +31,15 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests")]
+sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests"), str(Path(__file__).parent)]
+
+from results import add_results_option, report  # noqa: E402
 
 BATCH_SIZE = 8
 NUM_EPOCHS = 3
@@ -47,19 +51,25 @@ BUCKET = "latents"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--litdata-python", help="interpreter of an environment with litdata")
-    parser.add_argument("--shards", type=int, default=32, help="shards of 256 rows, 10 MB each")
+    parser.add_argument("--shards", type=int, default=24, help="shards of 256 rows, 10 MB each")
     parser.add_argument("--keep", help="a folder for the latents, used again where they are there already")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--parts", default="rates,fly,first,plan", help="which tables, comma-separated")
+    add_results_option(parser)
     parser.add_argument("--child", help="internal: one measurement, as JSON")
     arguments = parser.parse_args()
     if arguments.child:
         print(json.dumps(CHILDREN[json.loads(arguments.child)["what"]](json.loads(arguments.child))))
         return
-    print(f"{platform.machine()}, {os.cpu_count()} cores, {arguments.rounds} rounds, load {os.getloadavg()[0]:.1f}\n")
+    rows: list[dict[str, Any]] = []
+    notes: list[str] = []
     with tempfile.TemporaryDirectory(prefix="bench-reader-") as folder:
         for part in arguments.parts.split(","):
-            PARTS[part](arguments, Path(folder))
+            for found in PARTS[part](arguments, Path(folder)):
+                (notes if isinstance(found, str) else rows).append(found)
+                print(found, file=sys.stderr, flush=True)
+    title = f"{arguments.shards * 256} latents (4, 5, 32, 32) float16, samples/s, {arguments.rounds} rounds"
+    report("reader", rows, configuration=vars(arguments), title=title, notes=notes)
 
 
 def measured(python: str, **task: Any) -> dict[str, Any]:
@@ -77,13 +87,14 @@ def measured(python: str, **task: Any) -> dict[str, Any]:
 # Rates
 
 
-def print_rates(arguments: argparse.Namespace, folder: Path) -> None:
+def rates(arguments: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:
     from servers import s3_client, seaweed
 
     folder = Path(arguments.keep or folder)
     num_rows = arguments.shards * 256
-    if not (folder / "latents").exists():
-        write_latents(str(folder / "latents"), arguments.shards, 256, "both")
+    for name, num_shards in (("latents", arguments.shards), ("large", 2)):
+        if not (folder / name).exists():
+            write_latents(str(folder / name), num_shards, num_rows // num_shards, "both")
     pythons = {"latentmill": sys.executable, "webdataset": sys.executable}
     if arguments.litdata_python:
         pythons["litdata"] = arguments.litdata_python
@@ -97,34 +108,47 @@ def print_rates(arguments: argparse.Namespace, folder: Path) -> None:
             for path in sorted((folder / name).rglob("*")) if (folder / name).exists() else []:
                 if path.is_file():
                     client.put_object(Bucket=BUCKET, Key=str(path.relative_to(folder)), Body=path.read_bytes())
-        heads = ["from, workers", *pythons, "to the faster other", "processor, us a sample", "memory, MB"]
-        print(f"{num_rows} latents (4, 5, 32, 32) float16, samples/s:\n\n| {' | '.join(heads)} |")
-        print("|---" * len(heads) + "|")
-        for where in ("disk", "SeaweedFS"):
-            for workers in (0, 2):
-                root = str(folder) if where == "disk" else f"s3://{BUCKET}"
-                found: dict[str, list[dict[str, Any]]] = {name: [] for name in pythons}
-                # The last round is for memory: looking at it takes time.
-                for turn in range(arguments.rounds + 1):
-                    for name, python in pythons.items():
-                        cache = folder / "cache"
-                        shutil.rmtree(cache, ignore_errors=True)
-                        watch = turn == arguments.rounds
-                        run = measured(python, what=name, root=root, workers=workers, cache=str(cache), watch=watch)
-                        assert run["num_samples"] == NUM_EPOCHS * num_rows, f"{name} gave {run['num_samples']}"
-                        found[name].append(run)
-                rate = {name: statistics.median(run["rate"] for run in runs[:-1]) for name, runs in found.items()}
-                cpu = {name: statistics.median(run["cpu_us"] for run in runs[:-1]) for name, runs in found.items()}
-                fastest = max(value for name, value in rate.items() if name != "latentmill")
-                columns = [
-                    f"{where}, {workers}",
-                    *(f"{value:,.0f}" for value in rate.values()),
-                    f"{rate['latentmill'] / fastest:.2f}",
-                    ", ".join(f"{value:,.0f}" for value in cpu.values()),
-                    ", ".join(f"{runs[-1]['memory_mb']:,.0f}" for runs in found.values()),
-                ]
-                print(f"| {' | '.join(columns)} |", flush=True)
-        print()
+        for where, workers, data in (
+            ("disk", 0, "latents"),
+            ("disk", 2, "latents"),
+            ("SeaweedFS", 0, "latents"),
+            ("SeaweedFS", 2, "latents"),
+            ("disk, large files", 0, "large"),
+        ):
+            root = f"s3://{BUCKET}" if where == "SeaweedFS" else str(folder)
+            runs: dict[str, list[dict[str, Any]]] = {name: [] for name in pythons}
+            # The last round is for memory: looking at it takes time.
+            for turn in range(arguments.rounds + 1):
+                for name, python in pythons.items():
+                    task = {"root": root, "data": data, "workers": workers, "cache": str(folder / "cache")}
+                    shutil.rmtree(folder / "cache", ignore_errors=True)
+                    run = measured(python, what=name, watch=turn == arguments.rounds, **task)
+                    assert run["num_samples"] == NUM_EPOCHS * num_rows, f"{name} gave {run['num_samples']}"
+                    runs[name].append(run)
+            yield from _rows_of_table(f"{where}, {workers or 'no'} workers", runs)
+
+
+def _rows_of_table(what: str, runs: dict[str, list[dict[str, Any]]]) -> Iterator[dict[str, Any]]:
+    """The first epoch and the later ones; `runs` are those of each reader, the last of them for its memory."""
+    for epochs in ("first", "later"):
+        middle = {
+            value: {name: statistics.median(run[epochs][value] for run in some[:-1]) for name, some in runs.items()}
+            for value in ("rate", "cpu_us")
+        }
+        rate = middle["rate"]
+        yield {
+            "from, workers": what,
+            "epoch": f"{epochs}, from opening" if epochs == "first" else epochs,
+            **rate,
+            "to the faster other": rate["latentmill"] / max(rate[name] for name in rate if name != "latentmill"),
+            "processor, us a sample": ", ".join(f"{value:,.0f}" for value in middle["cpu_us"].values()),
+            "first batch after, s": ", ".join(
+                f"{statistics.median(run['first_batch_s'] for run in some[:-1]):.2f}" for some in runs.values()
+            )
+            if epochs == "first"
+            else None,
+            "memory, MB": ", ".join(f"{some[-1]['memory_mb']:,.0f}" for some in runs.values()),
+        }
 
 
 def write_latents(root: str, num_shards: int, rows: int, output_format: str) -> int:
@@ -192,35 +216,37 @@ def peak_memory(is_watched: bool) -> Iterator[list[float]]:
 
 
 def rate_of(make_loader: Any, task: dict[str, Any]) -> dict[str, Any]:
-    """Samples a second from the first batch to the end of the last epoch, and the processor's time for each of them."""
+    """Samples a second, and the processor's time for each of them, of the first epoch and of those after it."""
+    import psutil
 
     def cpu_s() -> float:
-        usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-        return sum(entry.ru_utime + entry.ru_stime for entry in usage)
+        me = psutil.Process()
+        return sum(sum(process.cpu_times()[:4]) for process in [me, *me.children(recursive=True)])
 
-    cpu_before_s = cpu_s()
     with peak_memory(task["watch"]) as peak:
-        num_samples = num_timed = 0
-        started = None
+        marks = [(time.perf_counter(), cpu_s(), 0)]
+        num_samples = 0
+        first_batch_s = None
         loader, set_epoch = make_loader()
         for epoch in range(NUM_EPOCHS):
             set_epoch(epoch)
             for batch in loader:
-                if started is None:
-                    started = time.perf_counter()
-                else:
-                    num_timed += len(batch["key"])
+                if first_batch_s is None:
+                    first_batch_s = time.perf_counter() - marks[0][0]
                 num_samples += len(batch["key"])
                 assert str(batch["latents"].dtype) == "torch.float32"
-        assert started is not None
-        seconds = time.perf_counter() - started
-        # Its workers end, and their time counts.
-        del loader, set_epoch
+            marks.append((time.perf_counter(), cpu_s(), num_samples))
+
+    def between(start: tuple[float, float, int], stop: tuple[float, float, int]) -> dict[str, float]:
+        seconds, computed_s, num = (after - before for before, after in zip(start, stop, strict=True))
+        return {"rate": num / seconds, "cpu_us": computed_s / num * 1e6}
+
     return {
         "num_samples": num_samples,
-        "rate": num_timed / seconds,
+        "first": between(marks[0], marks[1]),
+        "later": between(marks[1], marks[-1]),
+        "first_batch_s": first_batch_s,
         "memory_mb": peak[0],
-        "cpu_us": (cpu_s() - cpu_before_s) / num_samples * 1e6,
     }
 
 
@@ -240,7 +266,7 @@ def read_latentmill(task: dict[str, Any]) -> dict[str, Any]:
 
     def loader() -> Any:
         dataset = LatentDataset(
-            f"{task['root']}/latents", batch_size=BATCH_SIZE, cache_dir=task["cache"], window_bytes=32 << 20
+            f"{task['root']}/{task['data']}", batch_size=BATCH_SIZE, cache_dir=task["cache"], window_bytes=32 << 20
         )
         return DataLoader(dataset, batch_size=None, collate_fn=_as_it_is, **_workers(task)), dataset.set_epoch
 
@@ -253,7 +279,7 @@ def read_webdataset(task: dict[str, Any]) -> dict[str, Any]:
     from pipeline.dataset import data_urls
 
     def loader() -> Any:
-        urls = data_urls(f"{task['root']}/latents", "webdataset")
+        urls = data_urls(f"{task['root']}/{task['data']}", "webdataset")
         if task["root"].startswith("s3://"):
             urls = [f"pipe:curl -s -f '{_presigned(url)}'" for url in urls]
         dataset = (
@@ -330,18 +356,18 @@ def _collated(samples: Sequence[tuple[str, Any, str]]) -> dict[str, Any]:
 # Against decoding and encoding in the training loop
 
 
-def print_on_the_fly(arguments: argparse.Namespace, folder: Path) -> None:
+def on_the_fly(arguments: argparse.Namespace, folder: Path) -> Iterator[str]:
     if not (folder / "latents").exists():
         write_latents(str(folder / "latents"), arguments.shards, 256, "parquet")
     read, encoded = [], []
     for _ in range(arguments.rounds):
-        task = {"root": str(folder), "workers": 0, "cache": str(folder / "cache"), "watch": False}
-        read.append(measured(sys.executable, what="latentmill", **task)["rate"])
+        task = {"root": str(folder), "data": "latents", "workers": 0, "cache": str(folder / "cache"), "watch": False}
+        read.append(measured(sys.executable, what="latentmill", **task)["later"]["rate"])
         encoded.append(measured(sys.executable, what="encode")["rate"])
     factor = statistics.median(read) / statistics.median(encoded)
-    print(
+    yield (
         f"Against decoding (decord) and encoding (`small`, 17x256x256) in the training loop, one process each: "
-        f"{statistics.median(read):,.0f} against {statistics.median(encoded):.2f} samples/s, {factor:,.0f} times\n"
+        f"{statistics.median(read):,.0f} against {statistics.median(encoded):.2f} samples/s, {factor:,.0f} times"
     )
 
 
@@ -357,7 +383,7 @@ def encode_clips(task: dict[str, Any]) -> dict[str, Any]:
 # The beginning
 
 
-def print_first_batch(arguments: argparse.Namespace, folder: Path) -> None:
+def first_batches(arguments: argparse.Namespace, folder: Path) -> Iterator[str]:
     from servers import seaweed
 
     num_shards, rows = 1000, 16
@@ -370,12 +396,11 @@ def print_first_batch(arguments: argparse.Namespace, folder: Path) -> None:
                 shutil.rmtree(folder / "cache", ignore_errors=True)
                 task = {"root": f"s3://{BUCKET}/many", "workers": workers, "cache": str(folder / "cache")}
                 runs.append(measured(sys.executable, what="first_batch", **task))
-            print(
+            yield (
                 f"First batch from {num_shards} shards of {rows} rows (0.6 MB) on SeaweedFS, empty cache, {workers} "
                 f"workers: {statistics.median(run['seconds'] for run in runs):.2f} s, of which this process computed "
                 f"{statistics.median(run['cpu_s'] for run in runs):.2f} s"
             )
-    print()
 
 
 def first_batch(task: dict[str, Any]) -> dict[str, Any]:
@@ -390,17 +415,17 @@ def first_batch(task: dict[str, Any]) -> dict[str, Any]:
     return {"seconds": time.perf_counter() - started, "cpu_s": time.process_time() - computed}
 
 
-def print_plan(arguments: argparse.Namespace, folder: Path) -> None:
+def plans(arguments: argparse.Namespace, folder: Path) -> Iterator[str]:
     num_shards = 100_000
     write_commits(folder / "synthetic", num_shards)
     found = [measured(sys.executable, what="plan", root=str(folder / "synthetic")) for _ in range(arguments.rounds)]
     middle = {name: statistics.median(entry[name] for entry in found) for name in found[0]}
-    print(
+    yield (
         f"{num_shards:,} shards of 1,000 rows in 3 buckets, one snapshot on disk: opened in {middle['open_s']:.1f} s "
         f"(computing: {middle['open_cpu_s']:.1f} s), "
         f"epoch planned to the first batch in {middle['plan_s']:.2f} s and to a batch in the middle in "
         f"{middle['middle_s']:.2f} s; memory of the process at most {middle['peak_mb']:.0f} MB, of which the imports "
-        f"are {middle['imports_mb']:.0f} MB\n"
+        f"are {middle['imports_mb']:.0f} MB"
     )
 
 
@@ -469,7 +494,12 @@ def open_and_plan(task: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-PARTS = {"rates": print_rates, "fly": print_on_the_fly, "first": print_first_batch, "plan": print_plan}
+PARTS: dict[str, Callable[[argparse.Namespace, Path], Iterator[Any]]] = {
+    "rates": rates,
+    "fly": on_the_fly,
+    "first": first_batches,
+    "plan": plans,
+}
 CHILDREN = {
     "latentmill": read_latentmill,
     "webdataset": read_webdataset,
