@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from cvvae.config import ConfigError, CVVAEConfig
 
 if TYPE_CHECKING:
-    from cvvae.checkpoint import CheckpointError, load, weights_sha256_here
+    from cvvae.checkpoint import CheckpointError, load
+    from cvvae.folders import weights_sha256_here
     from cvvae.model import CVVAE, DecoderOutput, EncoderOutput, LatentDistribution
 
 __all__ = [
@@ -33,7 +34,7 @@ _MODULES = {
     "EncoderOutput": "cvvae.model",
     "LatentDistribution": "cvvae.model",
     "load": "cvvae.checkpoint",
-    "weights_sha256_here": "cvvae.checkpoint",
+    "weights_sha256_here": "cvvae.folders",
 }
 
 

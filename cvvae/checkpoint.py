@@ -22,11 +22,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from cvvae.config import NUM_LEVELS, ConfigError, CVVAEConfig
+from cvvae.folders import CONFIG_NAME, SHIPPED, WEIGHTS_NAME, folder_here, is_shipped, sha256_of_file
 from cvvae.model import CVVAE
 
-CONFIG_NAME = "config.json"
-WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
-_SHIPPED = Path(__file__).parent / "weights"
 _UNTRAINED_SEED = 20405
 
 _POST_QUANT_RULE = (r"^decoder\.post_quant_conv\.", r"post_quant_conv.")
@@ -98,7 +96,7 @@ def load(
     with torch.device("meta"):
         vae = CVVAE(config)
     if weights_path.is_file():
-        digest = _sha256_of_file(weights_path)
+        digest = sha256_of_file(weights_path)
         _refuse_other_digest(digest, sha256, source)
         _fill(vae, read_safetensors(weights_path, dtype), str(weights_path))
     elif config.untrained:
@@ -170,33 +168,16 @@ def find_folder(model: str, subfolder: str | None, revision: str | None) -> tupl
     Raises:
         CheckpointError: there is none, or no network for a hub id.
     """
-    folder = _folder_here(model, subfolder)
+    folder = folder_here(model, subfolder)
     if folder is not None:
-        return folder, model if _is_shipped(model) else str(folder), ""
+        return folder, model if is_shipped(model) else str(folder), ""
     if re.fullmatch(r"[\w.-]+/[\w.-]+", model) is None or model.startswith((".", "/")):
-        shipped = sorted(path.parent.name for path in _SHIPPED.glob(f"*/{CONFIG_NAME}"))
+        shipped = sorted(path.parent.name for path in SHIPPED.glob(f"*/{CONFIG_NAME}"))
         raise CheckpointError(
             f"there is no model {model!r}: give a folder that exists, a hub id OWNER/NAME, or one of the models that "
             f"ship ({', '.join(shipped)})"
         )
     return _fetch(model, subfolder, revision)
-
-
-def weights_sha256_here(model: str, subfolder: str | None = None) -> str | None:
-    """SHA-256 of the weights' file of a model that is on this machine by name or folder; None of any other."""
-    folder = _folder_here(model, subfolder)
-    path = None if folder is None else folder / WEIGHTS_NAME
-    return None if path is None or not path.is_file() else _sha256_of_file(path)
-
-
-def _folder_here(model: str, subfolder: str | None) -> Path | None:
-    if _is_shipped(model) or os.path.isdir(model):
-        return (_SHIPPED if _is_shipped(model) else Path()) / model / (subfolder or "")
-    return None
-
-
-def _is_shipped(model: str) -> bool:
-    return re.fullmatch(r"[\w.-]+", model) is not None and (_SHIPPED / model / CONFIG_NAME).is_file()
 
 
 def _fetch(hub_id: str, subfolder: str | None, revision: str | None) -> tuple[Path, str, str]:
@@ -292,11 +273,6 @@ def _made_weights(vae: CVVAE) -> dict[str, Tensor]:
             noise /= np.sqrt(np.float32(noise[0].size))
         made[key] = torch.from_numpy(noise)
     return made
-
-
-def _sha256_of_file(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sha256_of_tensors(tensors: Mapping[str, Tensor]) -> str:

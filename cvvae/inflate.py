@@ -22,14 +22,13 @@ import torch
 from torch import Tensor
 
 from cvvae.checkpoint import (
-    CONFIG_NAME,
-    WEIGHTS_NAME,
     CheckpointError,
     find_folder,
     published_key,
     read_safetensors,
 )
 from cvvae.config import NUM_LEVELS, ConfigError, CVVAEConfig, Norm
+from cvvae.folders import CONFIG_NAME, WEIGHTS_NAME
 from cvvae.layers import KERNEL, SpaceTimeConv, Upsample
 from cvvae.model import CVVAE
 

@@ -57,11 +57,6 @@ def load_model(encoding: EncodingConfig, device: torch.device) -> cvvae.CVVAE:
     return vae.eval().requires_grad_(False)
 
 
-def weights_sha256_here(encoding: EncodingConfig) -> str | None:
-    """SHA-256 of the weights that `load_model` takes, without loading them; None where the model is no folder here."""
-    return cvvae.weights_sha256_here(encoding.model, encoding.subfolder)
-
-
 def model_facts(vae: cvvae.CVVAE, encoding: EncodingConfig) -> ModelFacts:
     """What the output says about the model."""
     return ModelFacts(

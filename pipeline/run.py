@@ -31,6 +31,7 @@ import ray
 from ray._private.authentication.authentication_utils import is_token_auth_enabled
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError, RayError, RayTaskError
 
+import cvvae
 from pipeline import sandbox
 from pipeline.actors import Beat, EncodeActor, ShardReport, WorkerFacts, wanted_of_workers
 from pipeline.columns import refuse_unknown_columns
@@ -744,11 +745,8 @@ def _wanted(stored: DatasetManifest | None, config: JobConfig) -> _Wanted:
     """What the first actor must have: what the output was begun with, else it should have what the driver has."""
     if stored is not None:
         return _Wanted("the output", wanted_of_workers(stored), is_binding=True)
-    # Actors are starting meanwhile, so that nobody waits for torch here.
-    from pipeline.codec import weights_sha256_here
-
     here: dict[str, object] = {"decoders": decoder_versions()}
-    weights_sha256 = weights_sha256_here(config.encoding)
+    weights_sha256 = cvvae.weights_sha256_here(config.encoding.model, config.encoding.subfolder)
     return _Wanted(
         "the driver", here | ({} if weights_sha256 is None else {"model weights": weights_sha256}), is_binding=False
     )
