@@ -28,13 +28,16 @@ import decord
 import imageio_ffmpeg
 import numpy as np
 import psutil
-import results
 from av.video.reformatter import Interpolation
 
 from pipeline.config import DecodeLimits, EncodingConfig, parse_buckets
 from pipeline.cutting import clip_spans, cover
 from pipeline.decode import DecodePool
 from pipeline.records import Bucket, Clip, SourceVideo
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import results
 
 CLIPS = sorted((Path(__file__).parents[1] / "data" / "clips").glob("*.mp4"))
 BUCKET = Bucket(width_px=256, height_px=256, num_frames=17)
