@@ -54,11 +54,11 @@ class LightEncoder(nn.Module):
         super().__init__()
         half, quarter, eighth = config.light.encoder_widths
         num_half, num_quarter, num_eighth = config.light.encoder_blocks
-        channels = config.in_channels
-        self.conv_in = FrameConv(channels * 4, half)
+        self.channels = config.in_channels
+        self.conv_in = _ShuffledConv(self.channels, half)
         self.at_half = _blocks(half, num_half)
         self.to_quarter = FrameConv(half, quarter, stride=2)
-        self.motion_in = FrameConv(channels * TEMPORAL_COMPRESSION * 16, quarter, kernel_size=1)
+        self.motion_in = _GroupConv(self.channels, quarter)
         self.motion = _blocks(quarter, config.light.motion_blocks)
         self.motion_out = FrameConv(quarter, quarter)
         self.at_quarter = _blocks(quarter, num_quarter)
@@ -73,27 +73,45 @@ class LightEncoder(nn.Module):
         h, w = H // SPATIAL_COMPRESSION, W // SPATIAL_COMPRESSION
         x = x[..., : h * SPATIAL_COMPRESSION, : w * SPATIAL_COMPRESSION]
         past = None if cache is None else cache.past(self)
-        before = x[:, :, :1].expand(-1, -1, TEMPORAL_COMPRESSION, -1, -1) if past is None else past.frames
-        frames = append_frames(before, x)
-        num_groups = (frames.shape[2] - 1) // TEMPORAL_COMPRESSION
-        end = num_groups * TEMPORAL_COMPRESSION
+        frames = x if past is None else append_frames(past.frames, x)
+        # The first frame is a key frame: that of the group before, or the whole of the first group.
+        end = (frames.shape[2] - 1) // TEMPORAL_COMPRESSION * TEMPORAL_COMPRESSION
         if cache is not None:
             cache.keep(self, frames[:, :, end:])
-        if num_groups == 0:
+        keys = frames[:, :, 0 if past is None else TEMPORAL_COMPRESSION : end + 1 : TEMPORAL_COMPRESSION]
+        if keys.shape[2] == 0:
             return x.new_empty(B, 2 * self.conv_out.out_channels, 0, h, w)
-        keys = frames[:, :, TEMPORAL_COMPRESSION : end + 1 : TEMPORAL_COMPRESSION]
-        # (B, 3, t, 4, H, W) -> (B, 3 * 4, t, H, W): the key frame before and the group's first three frames.
-        others = frames[:, :, :end].unflatten(2, (num_groups, TEMPORAL_COMPRESSION)).transpose(2, 3).flatten(1, 2)
-        mean = self._encode_groups(keys, others - keys.repeat_interleave(TEMPORAL_COMPRESSION, dim=1))
+        mean = self._encode_groups(keys, frames[:, :, :end], is_start=past is None)
         return torch.cat([mean, torch.full_like(mean, _NO_VARIANCE)], dim=1)
 
-    def _encode_groups(self, keys: Tensor, others: Tensor) -> Tensor:
-        """(B, C, t, h, w) from key frames (B, 3, t, H, W) and the differences (B, 12, t, H, W) of others to them."""
-        motion = self.motion(self.motion_in(_shuffle_down(others, 4)))
-        x = self.at_half(self.conv_in(_shuffle_down(keys, 2)))
-        x = self.at_quarter(self.to_quarter(x) + self.motion_out(motion))
+    def _encode_groups(self, keys: Tensor, others: Tensor, *, is_start: bool) -> Tensor:
+        """(B, C, t, h, w) from the groups' key frames (B, 3, t, H, W) and the four frames before each (but the first).
+
+        Those are the key frame before and the group's first three frames, (B, 3, 4 t or 4 (t - 1), H, W).
+        """
+        x = self.to_quarter(self.at_half(self.conv_in(keys)))
+        motions = [self._no_motion(x[:, :, :1])] if is_start else []
+        if others.shape[2]:
+            groups = others.unflatten(2, (-1, TEMPORAL_COMPRESSION))
+            differences = (groups - keys[:, :, -groups.shape[2] :].unsqueeze(3)).flatten(2, 3)
+            motions.append(self.motion_out(self.motion(self.motion_in(differences))))
+        x = self.at_quarter(x + (append_frames(*motions) if len(motions) == 2 else motions[0]))
         mean: Tensor = self.conv_out(self.at_eighth(self.to_eighth(x)))
         return mean
+
+    def _no_motion(self, x: Tensor) -> Tensor:
+        """What `motion_out` gives, in the shape of x, for a group that is one frame four times.
+
+        That is the same for every such group and, where no padding is in reach, for every position: so it is computed
+        for a small field whose middle row and column then stand for all that lie between.
+        """
+        reach = 1 + 2 * len(self.motion)
+        B, _, _, H, W = x.shape
+        sides = (4 * min(side, 2 * reach + 1) for side in (H, W))
+        nothing = x.new_zeros(1, self.channels, TEMPORAL_COMPRESSION, *sides)
+        field: Tensor = self.motion_out(self.motion(self.motion_in(to_channels_last(nothing))))
+        rows, columns = (_stretched(side, reach, x.device) for side in (H, W))
+        return field.index_select(3, rows).index_select(4, columns).expand(B, -1, -1, -1, -1)
 
 
 class LightDecoder(nn.Module):
@@ -150,7 +168,7 @@ class _Block(Recomputable):
         h = F.relu(x)
         h = self.conv1(h, cache) if isinstance(self.conv1, _PastConv) else self.conv1(h)
         # In place: no backward formula of a convolution reads its output.
-        out: Tensor = self.conv2(F.relu(h)).add_(x)
+        out: Tensor = self.conv2(F.relu(h, inplace=True)).add_(x)
         return out
 
 
@@ -181,7 +199,7 @@ class FrameContext(nn.Module):
         nn.init.zeros_(self.conv2.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.conv2(F.relu(self.norm(self.conv1(x)))).add_(x)
+        out: Tensor = self.conv2(F.relu(self.norm(self.conv1(x)), inplace=True)).add_(x)
         return out
 
 
@@ -202,6 +220,39 @@ class _PastConv(nn.Module):
         return out
 
 
-def _shuffle_down(x: Tensor, factor: int) -> Tensor:
-    """(B, C, t, H, W) -> (B, C * factor^2, t, H / factor, W / factor)."""
-    return to_channels_last(unfold_frames(F.pixel_unshuffle(fold_frames(x), factor), x.shape[2]))
+class _ShuffledConv(FrameConv):
+    """A 3x3 convolution of frames of which 2x2 pixels have become channels, the weight (out, 4 in, 3, 3).
+
+    Computed as what it is for the frames themselves, a 6x6 convolution of stride 2, which moves no pixels.
+    (B, in, t, H, W) -> (B, out, t, H / 2, W / 2).
+    """
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(4 * in_channels, out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight.unflatten(1, (-1, 2, 2)).permute(0, 1, 4, 2, 5, 3).flatten(4, 5).flatten(2, 3)
+        frames = F.conv2d(fold_frames(x), weight, self.bias, stride=2, padding=2)
+        return to_channels_last(unfold_frames(frames, x.shape[2]))
+
+
+class _GroupConv(FrameConv):
+    """A linear map of blocks of four frames of 4x4 pixels, the weight (out, in * 4 * 16, 1, 1).
+
+    (B, in, 4 t, H, W) -> (B, out, t, H / 4, W / 4).
+    """
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels * TEMPORAL_COMPRESSION * 16, out_channels, kernel_size=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight.reshape(self.out_channels, x.shape[1], TEMPORAL_COMPRESSION, 4, 4)
+        # Folded and unfolded, a single clip has strides in which torch recognises the layout.
+        x = unfold_frames(fold_frames(x), x.shape[2])
+        return to_channels_last(F.conv3d(x, weight, self.bias, stride=weight.shape[2:]))
+
+
+def _stretched(size: int, reach: int, device: torch.device) -> Tensor:
+    """(size,) indices into a row of 2 reach + 1 whose middle one stands for all but `reach` at either end."""
+    index = torch.arange(size, device=device)
+    return index if size <= 2 * reach + 1 else index.clamp(max=reach) + (index - (size - 1 - reach)).clamp(min=0)

@@ -95,6 +95,14 @@ def test_a_clip_that_stands_still_gives_the_latents_of_its_image_again_and_again
     torch.testing.assert_close(latents, alone[:, :, None].expand_as(latents), atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("side_px", [8, 24, 32, 56])
+def test_a_still_clip_of_any_size_has_the_same_latent_first_and_last(vae: cvvae.CVVAE, side_px: int) -> None:
+    """The first comes from a small field without motion that is stretched, the last from differences that are zero."""
+    image = torch.rand(1, 3, 1, side_px, side_px + 8, generator=torch.Generator().manual_seed(side_px)) * 2 - 1
+    latents = vae.encode(image.expand(-1, -1, 5, -1, -1)).latent_dist.mean
+    torch.testing.assert_close(latents[:, :, 0], latents[:, :, 1], atol=1e-5, rtol=0)
+
+
 def test_an_image_goes_in_and_comes_out_as_one(vae: cvvae.CVVAE) -> None:
     latents = vae.encode(torch.zeros(1, 3, 24, 32)).latent_dist
     assert latents.mean.shape == (1, vae.latent_channels, 3, 4)
