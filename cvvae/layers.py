@@ -176,7 +176,7 @@ class SpaceTimeConv(nn.Conv3d):
 
     def forward(self, x: Tensor, cache: Cache | None = None, outputs: slice = slice(None)) -> Tensor:
         """`outputs` selects output channels, so that a caller need not compute what it would throw away."""
-        weight, bias = self.weight[outputs], None if self.bias is None else self.bias[outputs]
+        weight, bias = self._kernel(outputs)
         past = None
         if cache is not None:
             assert self.edges.is_causal, "a convolution that reads later frames cannot run in a stream"
@@ -191,6 +191,9 @@ class SpaceTimeConv(nn.Conv3d):
         if self.in_channels <= NARROW_CHANNELS:
             return self._conv_stacked(x, past, weight, bias)
         return join_frames(self._pieces(x, past, weight, bias, num_out), num_out)
+
+    def _kernel(self, outputs: slice) -> tuple[Tensor, Tensor | None]:
+        return self.weight[outputs], None if self.bias is None else self.bias[outputs]
 
     def _num_skipped(self, past: Past) -> int:
         """Frames of this call before the one that the next output frame ends with."""
@@ -270,6 +273,48 @@ class SpaceTimeConv(nn.Conv3d):
         return to_channels_last(unfold_frames(frames, num_out))
 
 
+class DoublingConv(SpaceTimeConv):
+    """The same convolution of an input whose height and width are doubled by repetition, with 4/9 of the arithmetic.
+
+    Of the three rows that an output row reads two are the same, so their taps are summed; likewise of columns. The
+    doubled input is never made.
+    (B, in, T, H, W) -> (B, out, T', 2 H, 2 W).
+    """
+
+    def _kernel(self, outputs: slice) -> tuple[Tensor, Tensor | None]:
+        weight, bias = super()._kernel(outputs)
+        return fold_repetition(weight), None if bias is None else bias.repeat(4)
+
+    def _conv(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return interleave_phases(super()._conv(x, weight, bias))
+
+    def _conv_stacked(self, x: Tensor, past: Past | None, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return interleave_phases(super()._conv_stacked(x, past, weight, bias))
+
+
+def fold_repetition(weight: Tensor) -> Tensor:
+    """Kernels for an input of which each pixel stands for 2x2: (out, in, ..., 3, 3) -> (4 out, in, ..., 2, 2).
+
+    One after the other the kernels of the output's even rows and columns, even and odd, odd and even, odd and odd.
+    """
+    for dim in (-1, -2):
+        first, middle, last = weight.unbind(dim)
+        even, odd = torch.stack([first, middle + last], dim), torch.stack([first + middle, last], dim)
+        weight = torch.cat([even, odd])
+    return weight
+
+
+def interleave_phases(x: Tensor) -> Tensor:
+    """What folded kernels give of an input padded by one pixel, as a picture: (B, 4 C, T, H + 1, W + 1) -> 2 H, 2 W."""
+    B, _, T, H, W = x.shape
+    phases = x.movedim(1, -1).unflatten(-1, (4, -1))
+    out = x.new_empty(B, T, H - 1, 2, W - 1, 2, phases.shape[-1])
+    for row in range(2):
+        for column in range(2):
+            out[:, :, :, row, :, column] = phases[:, :, row : row + H - 1, column : column + W - 1, 2 * row + column]
+    return out.flatten(4, 5).flatten(2, 3).movedim(-1, 1)
+
+
 class FrameConv(nn.Conv2d):
     """A 2D convolution of every frame by itself, zeros around; with stride 1 it keeps height and width."""
 
@@ -284,6 +329,15 @@ class FrameConv(nn.Conv2d):
             rows = x.movedim(1, -1).flatten(0, 2).unsqueeze(1).movedim(-1, 1)
             return super().forward(rows).movedim(1, -1).reshape(*x.movedim(1, -1).shape[:-1], -1).movedim(-1, 1)
         return to_channels_last(unfold_frames(super().forward(fold_frames(x)), x.shape[2]))
+
+
+class DoublingFrameConv(FrameConv):
+    """As `FrameConv`, of frames whose height and width are doubled by repetition; see `DoublingConv`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.repeat(4)
+        phases = F.conv2d(fold_frames(x), fold_repetition(self.weight), bias, padding=1)
+        return interleave_phases(unfold_frames(phases, x.shape[2]))
 
 
 class PointwiseLinear(nn.Module):
@@ -432,12 +486,11 @@ class Upsample(nn.Module):
     def __init__(self, channels: int, *, doubles_time: bool, padding: Padding) -> None:
         super().__init__()
         self.doubles_time = doubles_time
-        self.conv = SpaceTimeConv(channels, channels * (1 + doubles_time), padding=padding)
+        self.conv = DoublingConv(channels, channels * (1 + doubles_time), padding=padding)
 
     def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:
         num_frames = x.shape[2]
         is_start = cache is None or cache.past(self.conv) is None
-        x = unfold_frames(F.interpolate(fold_frames(x), scale_factor=2.0, mode="nearest"), num_frames)
         if self.doubles_time and not (is_start and num_frames == 1):
             phases: Tensor = self.conv(x, cache).movedim(1, -1).unflatten(-1, (2, -1))  # (B, T, H, W, 2, C)
             return phases.movedim(4, 2).flatten(1, 2)[:, 1 if is_start else 0 :].movedim(-1, 1)

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from cvvae.config import SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION, CVVAEConfig
 from cvvae.layers import (
     Cache,
+    DoublingFrameConv,
     FrameConv,
     FrameNorm,
     Recomputable,
@@ -127,7 +128,7 @@ class LightDecoder(nn.Module):
         self.scaling_factor, self.shift_factor = config.scaling_factor, config.shift_factor
         self.conv_in = _PastConv(config.latent_channels, eighth)
         self.at_eighth = _blocks(eighth, num_eighth, has_context=True, sees_past=True)
-        self.to_quarter = FrameConv(eighth, quarter)
+        self.to_quarter = DoublingFrameConv(eighth, quarter)
         self.at_quarter = _blocks(quarter, num_quarter, sees_past=True)
         self.to_frames = FrameConv(quarter, TEMPORAL_COMPRESSION * frame)
         self.at_frame = _blocks(frame, num_frame)
@@ -139,7 +140,6 @@ class LightDecoder(nn.Module):
         z = (z - self.shift_factor) * self.scaling_factor
         x = self.conv_in(torch.tanh(z / _LATENT_BOUND) * _LATENT_BOUND, cache)
         x = self.at_eighth(x, cache)
-        x = unfold_frames(F.interpolate(fold_frames(x), scale_factor=2.0, mode="nearest"), x.shape[2])
         x = self.to_frames(self.at_quarter(self.to_quarter(x), cache))
         # (B, 4 C, t, ..) -> (B, C, 4 t, ..); of the very first group only the last frame exists.
         x = x.movedim(1, -1).unflatten(-1, (TEMPORAL_COMPRESSION, -1)).movedim(4, 2).flatten(1, 2).movedim(-1, 1)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 import cvvae
 from cvvae.checkpoint import save
-from cvvae.layers import SpaceTimeConv
+from cvvae.layers import DoublingConv, SpaceTimeConv
 
 SMALL = {
     "CVVAEModel": {"ch": 16, "ch_mult": [1, 1, 2, 2], "num_res_blocks": 1, "norm_num_groups": 8},
@@ -68,12 +68,17 @@ def frames() -> Callable[..., torch.Tensor]:
 
 @pytest.fixture
 def plainly_padded() -> Callable[..., torch.Tensor]:
-    """What a SpaceTimeConv is by definition: pad the whole clip in space, then in time, then one 3D convolution."""
+    """What a SpaceTimeConv is by definition: pad the whole clip in space, then in time, then one 3D convolution.
+
+    A DoublingConv doubles height and width before.
+    """
 
     def convolve(
         conv: SpaceTimeConv, x: torch.Tensor, cache: None = None, outputs: slice = slice(None)
     ) -> torch.Tensor:
         edges = conv.edges
+        if isinstance(conv, DoublingConv):
+            x = F.interpolate(x, scale_factor=(1.0, 2.0, 2.0))
         if edges.right_bottom_only:
             x = F.pad(x, (0, 1, 0, 1, 0, 0))
         else:

@@ -9,7 +9,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cvvae.layers import Padding, SpaceTimeConv, Upsample, fold_frames, plan_taps, to_channels_last, unfold_frames
+from cvvae.layers import (
+    DoublingConv,
+    DoublingFrameConv,
+    FrameConv,
+    Padding,
+    SpaceTimeConv,
+    Upsample,
+    fold_frames,
+    plan_taps,
+    to_channels_last,
+    unfold_frames,
+)
 
 PlainConv = Callable[..., torch.Tensor]
 
@@ -67,12 +78,30 @@ def test_folding_frames_is_a_view() -> None:
 def test_upsampling_in_time_drops_the_earlier_frame_of_the_first_pair(plainly_padded: PlainConv) -> None:
     up = Upsample(24, doubles_time=True, padding=PADDINGS["up sd21"][0])
     x = to_channels_last(torch.randn(1, 24, 3, 4, 4))
-    pairs = plainly_padded(up.conv, F.interpolate(x, scale_factor=(1.0, 2.0, 2.0)))
+    pairs = plainly_padded(up.conv, x)
     found = up(x)
     assert found.shape == (1, 24, 5, 8, 8)
     torch.testing.assert_close(found[:, :, 0], pairs[:, 24:, 0], atol=1e-5, rtol=0)
     torch.testing.assert_close(found[:, :, 1], pairs[:, :24, 1], atol=1e-5, rtol=0)
     torch.testing.assert_close(found[:, :, 4], pairs[:, 24:, 2], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("num_frames", [1, 2, 5])
+@pytest.mark.parametrize("in_channels", [3, 24])
+@pytest.mark.parametrize("name", ["decoder sd21", "decoder sd3", "up sd21", "encoder sd21"])
+def test_a_doubling_convolution_equals_the_one_of_a_doubled_clip(
+    name: str, in_channels: int, num_frames: int, plainly_padded: PlainConv
+) -> None:
+    conv = DoublingConv(in_channels, 6, padding=PADDINGS[name][0])
+    x = to_channels_last(torch.randn(2, in_channels, num_frames, 5, 4))
+    torch.testing.assert_close(conv(x), plainly_padded(conv, x), atol=1e-5, rtol=0)
+
+
+def test_a_doubling_convolution_of_frames_equals_the_one_of_doubled_frames() -> None:
+    conv = DoublingFrameConv(24, 6)
+    x = to_channels_last(torch.randn(2, 24, 3, 5, 4))
+    wanted = FrameConv.forward(conv, to_channels_last(F.interpolate(x, scale_factor=(1.0, 2.0, 2.0))))
+    torch.testing.assert_close(conv(x), wanted, atol=1e-5, rtol=0)
 
 
 def test_upsampling_of_an_image_computes_only_the_frame_that_is_kept(
@@ -89,8 +118,8 @@ def test_upsampling_of_an_image_computes_only_the_frame_that_is_kept(
 
     monkeypatch.setattr(F, "conv2d", recorded)
     found = up(x)
-    assert widths == [24]
-    wanted = plainly_padded(up.conv, F.interpolate(x, scale_factor=(1.0, 2.0, 2.0)))[:, 24:]
+    assert widths == [4 * 24]  # one set for each pixel of the 2x2 that an input pixel becomes
+    wanted = plainly_padded(up.conv, x)[:, 24:]
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
 
 
