@@ -1,13 +1,15 @@
-"""How fast the codec encodes, beside what this machine can do at all; run by `make bench`, never by pytest.
+"""How fast the codec encodes and decodes, beside what this machine can do at all; run by `make bench`, never by pytest.
 
-    python tests/benchmarks/bench_codec.py [--family CVVAEModel] [--rounds 5] [--threads 2] [--plain-malloc]
+    python tests/benchmarks/bench_codec.py [--model small] [--rounds 3] [--threads 2] [--device cuda --dtype bfloat16]
+        [--compile] [--plain-malloc] [--results FOLDER]
 
-One run measures everything in turns (matrix product, clip, image, and again), so that a busy neighbour slows all of
-them, and reports medians. Floating point operations are counted on the published architecture, every padded frame and
-every tap included, as a caller gets that much work done; the operations that are really executed are fewer (an image
-needs one temporal tap of three) and are reported beside it. Weights are random: their values do not change the speed.
+One run measures everything in turns (matrix products, clip, image, stream, and again), so that a busy neighbour slows
+all of them, and reports medians; shares are medians of the ratios within a turn. Two counts of operations:
+*executed*, by torch's counter, what this package really computes; and *published*, every padded frame and every tap of
+the published architecture, which is what a caller gets done. `small` has no published count. Its weights are trained,
+those of the published families random here: values do not change the speed.
 
-Two ceilings are shown: torch's own matrix product, and a matrix product as a 1x1 convolution, which goes through
+Two ceilings are measured: torch's own matrix product, and a matrix product as a 1x1 convolution, which goes through
 oneDNN instead of MKL. On processors that MKL does not favour the second is the honest one.
 """
 
@@ -15,14 +17,13 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import json
-import math
 import os
-import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +32,18 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import cvvae
-from cvvae.layers import Attention, FrameConv, PointwiseLinear, SpaceTimeConv
+from cvvae.layers import Attention, FrameConv, PointwiseLinear, SpaceTimeConv, to_channels_last
 from pipeline.config import CPU_ENVIRONMENT
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from results import add_results_option, report
 
 CLIP = (1, 3, 17, 256, 256)
 IMAGE = (1, 3, 1, 256, 256)
 MATRIX = 2048
-WIDTH = 512  # of the model's widest layers
+WIDTH = 512  # of the published models' widest layers
+MODELS = ("small", "CVVAEModel", "CVVAESD3Model")
 
 
 def published_flops(config: cvvae.CVVAEConfig, shape: tuple[int, ...]) -> int:
@@ -62,20 +68,21 @@ def published_flops(config: cvvae.CVVAEConfig, shape: tuple[int, ...]) -> int:
     return total
 
 
-def executed_flops(config: cvvae.CVVAEConfig, shape: tuple[int, ...]) -> int:
-    """What this package really computes for it, by torch's counter."""
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        cvvae.CVVAE(config).encoder(torch.empty(shape))
+def executed_flops(run: Callable[[], Any]) -> int:
+    """What a call really computes, by torch's counter; runs it."""
+    with FlopCounterMode(display=False) as counter:
+        run()
     return int(counter.get_total_flops())
 
 
 def seconds(run: Callable[[], Any], device: torch.device) -> float:
-    """Wall-clock time of one call, the device's queue drained."""
-    started = time.perf_counter()
+    """Time of one call, the device's queue drained; on one CPU thread processor time, which no neighbour lengthens."""
+    clock = time.process_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+    started = clock()
     run()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return time.perf_counter() - started
+    return clock() - started
 
 
 def peak_bytes(run: Callable[[], Any], device: torch.device) -> int | None:
@@ -101,76 +108,148 @@ def _resident_kib(field: str) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith(field + ":"))
 
 
-def measure(family: str, rounds: int, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """Medians over the rounds, as one JSON object."""
-    config = cvvae.CVVAEConfig.from_published({"_class_name": family})
-    vae = cvvae.CVVAE(config).to(device, dtype).eval()
+@dataclass(frozen=True)
+class Measured:
+    """A call that is measured: what it works on, its operations, and how often it runs in a turn."""
+
+    name: str
+    run: Callable[[], Any]
+    executed: int
+    published: int | None = None
+    num_frames: int = 1
+    repeats: int = 5
+
+
+def load(model: str, device: torch.device, dtype: torch.dtype) -> cvvae.CVVAE:
+    """`small`, or a published family with random weights."""
+    if model == "small":
+        return cvvae.load("small", torch_dtype=dtype).to(device).eval()
+    return cvvae.CVVAE(cvvae.CVVAEConfig.from_published({"_class_name": model})).to(device, dtype).eval()
+
+
+def calls(model: str, options: argparse.Namespace) -> list[Measured]:
+    """What is measured of a model, after the two matrix products."""
+    device, dtype = torch.device(options.device), getattr(torch, options.dtype)
+    vae = load(model, device, dtype)
+    clip, image = (
+        to_channels_last(torch.rand((options.batch, *shape[1:]), device=device, dtype=dtype) * 2 - 1)
+        for shape in (CLIP, IMAGE)
+    )
+    with torch.device("meta"):
+        meta = cvvae.CVVAE(vae.config)
+
+    def encoding(name: str, x: Tensor, num_frames: int, repeats: int) -> Measured:
+        executed = executed_flops(lambda: meta.encoder(torch.empty(x.shape, device="meta")))
+        published = None if model == "small" else published_flops(vae.config, tuple(x.shape))
+        return Measured(name, lambda: vae.encode(x), executed, published, num_frames, repeats)
+
+    num_repeats = 5 if model == "small" else 1
+    found = [
+        encoding("clip", clip, options.batch * CLIP[2], num_repeats),
+        encoding("image", image, options.batch, 5),
+    ]
+    if vae.is_causal:
+        for length in (4, 1):
+            name = f"clip, streamed in pieces of {length}"
+            executed = found[0].executed
+            stream = partial(_stream, vae, clip, length)
+            found.append(Measured(name, stream, executed, None, options.batch * CLIP[2], num_repeats))
+    if options.compile:
+        compiled = torch.compile(vae.encoder)
+        found.append(
+            replace(found[0], name="clip, torch.compile", run=lambda: compiled(clip), repeats=max(num_repeats, 2))
+        )
+    if options.decode:
+        z = vae.encode(clip).latent_dist.mean
+        executed = executed_flops(lambda: meta.decoder(torch.empty(z.shape, device="meta")))
+        found.append(
+            Measured("decoding a clip", lambda: vae.decode(z), executed, None, options.batch * CLIP[2], num_repeats)
+        )
+    return found
+
+
+def _stream(vae: cvvae.CVVAE, clip: Tensor, length: int) -> None:
+    for _ in vae.encode_stream(iter(clip.split(length, dim=2))):
+        pass
+
+
+def products(device: torch.device, dtype: torch.dtype) -> list[Measured]:
+    """Two matrix products, the ceilings."""
     matrix = torch.randn(MATRIX, MATRIX, device=device, dtype=dtype)
     # 16 images, as on one thread torch gives a 1x1 convolution of fewer to MKL after all.
     field = torch.randn(16, WIDTH, 32, 32, device=device, dtype=dtype)
     field = field.contiguous(memory_format=torch.channels_last)
     kernel = torch.randn(WIDTH, WIDTH, 1, 1, device=device, dtype=dtype)
-    inputs = {name: torch.rand(shape, device=device, dtype=dtype) * 2 - 1 for name, shape in SHAPES.items()}
-    runs: dict[str, tuple[Callable[[], Any], int]] = {
-        "matmul": (lambda: matrix @ matrix, 2 * MATRIX**3),
-        "matmul_onednn": (lambda: torch.conv2d(field, kernel), 2 * WIDTH * field.numel()),
-        "clip": (lambda: vae.encode(inputs["clip"]), published_flops(config, CLIP)),
-        "image": (lambda: vae.encode(inputs["image"]), published_flops(config, IMAGE)),
-    }
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for turn in range(rounds + 1):
-        for name, (run, _) in runs.items():
-            repeats = 1 if name == "clip" else 5
-            taken = statistics.median(seconds(run, device) for _ in range(repeats))
+    return [
+        Measured("torch.matmul", lambda: matrix @ matrix, 2 * MATRIX**3),
+        Measured("matrix product as convolution", lambda: torch.conv2d(field, kernel), 2 * WIDTH * field.numel()),
+    ]
+
+
+def measure(model: str, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """A row for each call, medians over the rounds."""
+    device, dtype = torch.device(options.device), getattr(torch, options.dtype)
+    measured = [*products(device, dtype), *calls(model, options)]
+    times: dict[str, list[float]] = {call.name: [] for call in measured}
+    for turn in range(options.rounds + 1):
+        for call in measured:
+            taken = statistics.median(seconds(call.run, device) for _ in range(call.repeats))
             if turn > 0:  # the first turn warms up
-                times[name].append(taken)
-    median_s = {name: statistics.median(values) for name, values in times.items()}
-    rate = {name: flops / median_s[name] for name, (_, flops) in runs.items()}
-    width = config.block_out_channels[0]
-    largest_bytes = width * math.prod(CLIP[2:]) * torch.empty((), dtype=dtype).element_size()
-    peak = peak_bytes(runs["clip"][0], device)
-    return {
-        "family": family,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "dtype": str(dtype).removeprefix("torch."),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "median_s": median_s,
-        "published_gflop": {"clip": runs["clip"][1] / 1e9, "image": runs["image"][1] / 1e9},
-        "executed_gflop": {name: executed_flops(config, shape) / 1e9 for name, shape in SHAPES.items()},
-        "gflop_per_s": {name: value / 1e9 for name, value in rate.items()},
-        "clip_frames_per_s": CLIP[2] / median_s["clip"],
-        "images_per_s": 1 / median_s["image"],
-        "clip_share_of_matmul": rate["clip"] / rate["matmul"],
-        "clip_share_of_onednn_matmul": rate["clip"] / rate["matmul_onednn"],
-        "image_rate_share_of_clip_rate": rate["image"] / rate["clip"],
-        "largest_activation_bytes": largest_bytes,
-        "peak_bytes": peak,
-        "peak_in_largest_activations": None if peak is None else peak / largest_bytes,
-        "max_resident_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
-    }
+                times[call.name].append(taken)
+    matmul, onednn = ([call.executed / s for s in times[call.name]] for call in measured[:2])
+    clip = [measured[2].executed / s for s in times["clip"]]
+    rows = []
+    for call in measured:
+        rates = [call.executed / s for s in times[call.name]]
+        median_s = statistics.median(times[call.name])
+        row: dict[str, Any] = {
+            "model": model,
+            "call": call.name,
+            "executed GFLOP": call.executed / 1e9,
+            "published GFLOP": None if call.published is None else call.published / 1e9,
+            "ms": 1000 * median_s,
+            "executed GFLOP/s": statistics.median(rates) / 1e9,
+            "published GFLOP/s": None if call.published is None else call.published / median_s / 1e9,
+            "of torch.matmul": _ratio(rates, matmul),
+            "of the convolution": _ratio(rates, onednn),
+            "of the clip's rate": _ratio(rates, clip),
+        }
+        if call not in measured[:2]:
+            row["frames/s"] = call.num_frames / median_s
+        if call.name in ("clip", "image"):
+            peak = peak_bytes(call.run, device)
+            row["peak MB"] = None if peak is None else peak / 1e6
+        rows.append(row)
+    return rows
 
 
-SHAPES = {"clip": CLIP, "image": IMAGE}
+def _ratio(rates: Sequence[float], others: Sequence[float]) -> float:
+    return statistics.median(rate / other for rate, other in zip(rates, others, strict=True))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--family", choices=["CVVAEModel", "CVVAESD3Model"], action="append", help="default: both")
+    parser.add_argument("--model", choices=MODELS, action="append", help="default: small and CVVAEModel")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--batch", type=int, default=1, help="clips, or images, of a call")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
+    parser.add_argument("--decode", action="store_true", help="also decode a clip")
+    parser.add_argument("--compile", action="store_true", help="also the encoder under torch.compile")
     parser.add_argument("--plain-malloc", action="store_true", help="without the environment that encoders get")
+    add_results_option(parser)
     options = parser.parse_args()
     if not options.plain_malloc and not CPU_ENVIRONMENT.items() <= os.environ.items():
         # The allocator reads its settings when a process begins.
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **CPU_ENVIRONMENT})
     torch.set_num_threads(options.threads)
-    with torch.inference_mode():
-        for family in options.family or ["CVVAEModel", "CVVAESD3Model"]:
-            found = measure(family, options.rounds, torch.device(options.device), getattr(torch, options.dtype))
-            print(json.dumps(found, indent=2), flush=True)
+    device = torch.device(options.device)
+    # Without inference mode: torch.compile cannot trace into it.
+    with torch.no_grad():
+        rows = [row for model in options.model or MODELS[:2] for row in measure(model, options)]
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    report("codec", rows, configuration=vars(options), title=f"{options.dtype}, 256x256, {name}")
 
 
 if __name__ == "__main__":
