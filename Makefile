@@ -15,6 +15,9 @@ test: .venv/installed-test
 # make bench LITDATA_PYTHON=/venv/bin/python compares with LitData as well, which has a virtual environment of its own.
 bench: .venv/installed-test
 	.venv/bin/python tests/benchmarks/bench_codec.py
+	.venv/bin/python tests/benchmarks/bench_memory.py --memory-gb 0.5
+	.venv/bin/python tests/benchmarks/roofline.py
+	.venv/bin/python tests/benchmarks/roofline.py --model small --batch 16
 	.venv/bin/python tests/benchmarks/bench_decode.py
 	.venv/bin/python tests/benchmarks/bench_pipeline.py
 	.venv/bin/python tests/benchmarks/bench_commit.py
