@@ -333,7 +333,8 @@ class EncodeActor:
             device_name=torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
             decoders=decoder_versions(),
             sandbox=self._decode_pool.sandbox_report(),
-            versions={"latentmill": pipeline.__version__, "torch": torch.__version__},
+            # torch gives a string of a type of its own, for which the driver would load torch.
+            versions={"latentmill": pipeline.__version__, "torch": str(torch.__version__)},
             node=platform.node(),
             pid=os.getpid(),
         )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+import pickle
 import resource
 import select
 import socket
@@ -143,9 +144,11 @@ def test_a_shard_is_committed_once_and_leaves_no_temporary_file(config: JobConfi
     actor = EncodeActor(config, "0", "cpu")
     try:
         store = open_store(config.run.output)
-        manifest = open_dataset(store, manifest_of_worker(config, actor.start()))
+        facts = actor.start()
+        manifest = open_dataset(store, manifest_of_worker(config, facts))
         (spec,) = plan_shards(config.source, store)
         report = actor.process(spec, manifest)
+        assert b"torch." not in pickle.dumps((facts, report)), "the driver would load torch to read it"
         assert (report.outcome, report.counts.num_records, report.counts.num_frames) == ("committed", 10, 90)
         assert 0 < report.busy_share <= 1
         assert report.num_bytes_in == sum(path.stat().st_size for path in CLIP_VIDEOS)

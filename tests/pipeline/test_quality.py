@@ -405,7 +405,9 @@ def ledger() -> tuple[_Ledger, ShardSpec, io.StringIO]:
         num_videos=None,
         plan_key=None,
     )
-    again = _Again(before={}, changes=(), retried=Retries(specs=(), num_videos=0, num_spent=0, refused={}), repaired=())
+    again = _Again(
+        num_videos_ok={}, changes=(), retried=Retries(specs=(), num_videos=0, num_spent=0, refused={}), repaired=()
+    )
     metrics, said = RunMetrics(), io.StringIO()
     ledger = _Ledger([spec.shard_id], [spec], again, time.monotonic(), config, metrics)
     ledger.quality = RunQuality(_MODEL, metrics, Progress("plain", said))
