@@ -239,7 +239,7 @@ def decord(videos: list[Path], fps: float, num_clips: int) -> dict[str, float]:
     from bench_decode import plain_decord
 
     started = time.process_time()
-    plain_decord(videos, fps)
+    plain_decord(videos, fps, None)
     return {"cpu_s": (time.process_time() - started) / num_clips}
 
 
