@@ -530,7 +530,7 @@ def publish_snapshot(store: ObjectStore) -> Contents:
     """
     while True:
         number = latest_snapshot_number(store)
-        latest = None if number is None else read_contents(store, number)
+        latest = None if number is None else _read_contents(store, number)
         merged = _Merged(store, committed_ids(store), latest)
         if latest is not None and not merged.new:
             return latest
@@ -559,7 +559,7 @@ def read_snapshot(store: ObjectStore, number: int) -> Snapshot:
         StorageNotFoundError: there is no snapshot of this number.
         DamagedObjectError: the snapshot or a segment of it is damaged.
     """
-    contents = read_contents(store, number)
+    contents = _read_contents(store, number)
     return Snapshot(contents=contents, commits=tuple(sorted(_commits_of(store, contents), key=name_of)))
 
 
@@ -570,10 +570,10 @@ def snapshot_commits(store: ObjectStore, number: int) -> Iterator[Commit]:
         StorageNotFoundError: there is no snapshot of this number.
         DamagedObjectError: the snapshot or a segment of it is damaged; after the last commit where it lacks one.
     """
-    return _commits_of(store, read_contents(store, number))
+    return _commits_of(store, _read_contents(store, number))
 
 
-def read_contents(store: ObjectStore, number: int) -> Contents:
+def _read_contents(store: ObjectStore, number: int) -> Contents:
     """What a snapshot states of itself; no segment is read.
 
     Raises:
