@@ -578,7 +578,7 @@ def _embeddings(config: JobConfig, scale: Scale, speeds: _Speeds | None, times: 
     embed_s = num_bytes = None
     if speeds is not None and speeds.embedding is not None and times is not None:
         cost = speeds.embedding
-        embed_s = round(times.embed_s, 1)
+        embed_s = round(times.embed_s, 3)
         num_bytes = round(num_texts * cost.bytes_per_text + scale.num_clips * cost.bytes_per_frame)
     return {"num_texts": _whole(scale, num_texts), "embed_s": embed_s, "num_bytes_embeddings": num_bytes}
 

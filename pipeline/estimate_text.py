@@ -74,7 +74,7 @@ def lines_of(found: Estimate) -> list[str]:
             for bucket, seconds in found.encode_s_per_clip.items()
         )
         decoding = f"decoding {found.decode_cpu_s:,} CPU seconds"
-        embedding = f"; embedding {found.embed_s:,} s" if found.embed_s else ""
+        embedding = f"; embedding {found.embed_s:,.1f} s" if found.embed_s else ""
         rows.append(("", f"measured here ({found.device_name}): {per_clip}; {decoding}{embedding}"))
         hours_of = (
             f"{found.gpu_hours:,.3f} GPU hours" if found.gpus_per_actor else f"{found.actor_hours:,.3f} actor hours"
