@@ -2,9 +2,9 @@
 
     PYTHONPATH=.:tests python -m chaos.memory --minutes 120 --output memory.json
 
-Prints a table: memory at the start and at the end, and the slope per hour without the first minutes, in which caches
-fill. The slope is the median of the slopes between all pairs of samples (Theil and Sen), so that single peaks do not
-count. Memory is what a process has for itself (USS): pages shared with others are not its own growth.
+Prints a table: memory at the start and at the end, and the slopes per hour and per shard without the first minutes, in
+which caches fill. A slope is the median of those between all pairs of samples (Theil and Sen), so that single peaks do
+not count. Memory is what a process has for itself (USS): pages shared with others are not its own growth.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ from integration.jobs_under_test import SMALL, RunningJob
 from servers import ray_folders
 
 _WARM_UP_SHARE = 1 / 6
-_MOST_SHARDS = 30_000
+_MOST_SHARDS = 100_000
 _SECONDS_BETWEEN = 15.0
 
 
-def slope_per_hour(samples: Sequence[tuple[float, float]]) -> float:
-    """Median slope of (seconds, value) over all pairs of samples, per hour."""
+def slope(samples: Sequence[tuple[float, float]]) -> float:
+    """Median slope of (x, value) over all pairs of samples, by what x grows."""
     pairs = combinations(samples, 2)
-    return statistics.median((b[1] - a[1]) / (b[0] - a[0]) for a, b in pairs) * 3600
+    return statistics.median((b[1] - a[1]) / (b[0] - a[0]) for a, b in pairs if b[0] > a[0])
 
 
-def watch(minutes: float) -> dict[str, list[tuple[float, float]]]:
-    """Runs the job for so long; process -> (seconds since the first sample, MiB)."""
-    samples: dict[str, list[tuple[float, float]]] = {"driver": [], "actor": []}
-    with tempfile.TemporaryDirectory(prefix="lm-memory-") as folder, ray_folders() as env:
-        tars, output = Path(folder, "in"), Path(folder, "latents")
+def watch(minutes: float) -> dict[str, list[tuple[float, int, float]]]:
+    """Runs the job for so long; process -> (seconds since the first sample, shards committed, MiB)."""
+    samples: dict[str, list[tuple[float, int, float]]] = {"driver": [], "actor": []}
+    with tempfile.TemporaryDirectory(prefix="lm-memory-") as room, ray_folders() as env:
+        tars, output = Path(room, "in"), Path(room, "latents")
         (tar,) = pack_clips(tars, 1, (*CLIP_VIDEOS, *CLIP_STILLS)[:4])
         for number in range(1, _MOST_SHARDS):
             os.link(tar, tars / f"{number:05d}.tar")
@@ -52,9 +52,10 @@ def watch(minutes: float) -> dict[str, list[tuple[float, float]]]:
             began = time.monotonic()
             while time.monotonic() - began < 60 * minutes:
                 assert job.process.poll() is None, f"the job ended:\n{job.said()[-2000:]}"
+                num_shards = sum(len(os.listdir(folder)) for folder in output.glob("commits/*"))
                 for name, process in (("driver", job.process), ("actor", actor)):
                     mib = psutil.Process(process.pid).memory_full_info().uss / 2**20
-                    samples[name].append((time.monotonic() - began, mib))
+                    samples[name].append((time.monotonic() - began, num_shards, mib))
                 time.sleep(_SECONDS_BETWEEN)
             assert actor.is_running(), "the actor was replaced, so its memory says nothing"
             job.process.send_signal(signal.SIGTERM)
@@ -72,11 +73,12 @@ def main() -> int:
     samples = watch(flags.minutes)
     if flags.output is not None:
         flags.output.write_text(json.dumps(samples))
-    print("| process | MiB when caches were full | MiB at the end | slope, MiB per hour |\n|---|---|---|---|")
+    print("| process | MiB, caches full | MiB at the end | MiB per hour | bytes per shard |\n|---|---|---|---|---|")
     for name, values in samples.items():
         steady = [value for value in values if value[0] >= _WARM_UP_SHARE * 60 * flags.minutes]
-        slope = slope_per_hour(steady)
-        print(f"| {name} | {steady[0][1]:.1f} | {steady[-1][1]:.1f} | {slope:+.2f} |")
+        per_hour = slope([(seconds, mib) for seconds, _, mib in steady]) * 3600
+        per_shard = slope([(num_shards, mib) for _, num_shards, mib in steady]) * 2**20
+        print(f"| {name} | {steady[0][2]:.1f} | {steady[-1][2]:.1f} | {per_hour:+.2f} | {per_shard:+.0f} |")
     return 0
 
 
