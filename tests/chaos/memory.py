@@ -27,7 +27,7 @@ from integration.jobs_under_test import SMALL, RunningJob
 from servers import ray_folders
 
 _WARM_UP_SHARE = 1 / 6
-_MOST_SHARDS = 100_000
+_MOST_SHARDS = 60_000  # Links to one file: ext4 allows 65,000.
 _SECONDS_BETWEEN = 15.0
 
 
