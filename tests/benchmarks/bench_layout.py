@@ -12,19 +12,19 @@ repeat. A table of smooth Gaussian fields stands in where the model does not loa
 from __future__ import annotations
 
 import argparse
-import os
-import platform
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from results import add_results_option, report
 from torch.nn import functional as F
 
 import cvvae
@@ -43,9 +43,13 @@ class Layout:
     is_split: bool = False
 
     @property
-    def name(self) -> str:
+    def columns(self) -> dict[str, str]:
         codec = "none" if self.zstd_level is None else f"zstd {self.zstd_level}"
-        return f"| {self.row_group_mib} MiB | {codec} | {'byte-stream-split' if self.is_split else 'plain'} "
+        return {
+            "row group": f"{self.row_group_mib} MiB",
+            "codec": codec,
+            "encoding": "byte-stream-split" if self.is_split else "plain",
+        }
 
 
 LAYOUTS = (
@@ -137,7 +141,9 @@ def fastest_s(call: Callable[[], None], times: int = 3) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--mib", type=int, default=64, help="raw bytes of the latents")
-    raw_bytes = parser.parse_args().mib << 20
+    add_results_option(parser)
+    options = parser.parse_args()
+    raw_bytes = options.mib << 20
     pa.set_cpu_count(1)
     torch.set_num_threads(1)
     try:
@@ -148,10 +154,7 @@ def main() -> None:
         few, source = gaussian_latents(64), f"smooth Gaussian fields (small does not load: {error})"
     row_bytes = few[0].size * 2
     latents = multiply(few, raw_bytes // row_bytes)
-    print(f"{source}: {len(few)} distinct, {len(latents)} rows of {few[0].shape} float16, {raw_bytes >> 20} MiB raw")
-    print(f"pyarrow {pa.__version__}, {platform.machine()}, {os.cpu_count()} cores, one thread\n")
-    print("| row group | codec | encoding | size / raw | write MiB/s | read MiB/s | one random row ms |")
-    print("|---|---|---|---|---|---|---|")
+    table: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "layout.parquet"
         chosen = np.random.default_rng(1).integers(0, len(latents), 8)
@@ -162,8 +165,15 @@ def main() -> None:
             scan_s = fastest_s(lambda: read_all(path))
             one_s = fastest_s(lambda rows=rows: [read_one(path, int(row), rows) for row in chosen])  # type: ignore[misc]
             mib = len(latents) * row_bytes / (1 << 20)
-            figures = f"| {share:.3f} | {mib / write_s:.0f} | {mib / scan_s:.0f} | {one_s / len(chosen) * 1000:.1f} |"
-            print(layout.name + figures, flush=True)
+            figures = {
+                "size / raw": round(share, 3),
+                "write MiB/s": round(mib / write_s),
+                "read MiB/s": round(mib / scan_s),
+                "one random row ms": round(one_s / len(chosen) * 1000, 1),
+            }
+            table.append({**layout.columns, **figures})
+    title = f"{source}: {len(few)} distinct, {len(latents)} rows of {few[0].shape} float16, {options.mib} MiB raw"
+    report("layout", table, configuration=vars(options), title=title)
 
 
 if __name__ == "__main__":
