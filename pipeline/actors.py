@@ -82,6 +82,8 @@ class WorkerFacts:
     versions: Mapping[str, str]
     node: str
     pid: int
+    is_compiled: bool = False
+    compile_error: str | None = None  # why not, where it was asked for
 
     @property
     def decides_bytes(self) -> dict[str, object]:
@@ -89,6 +91,7 @@ class WorkerFacts:
         return {
             "model weights": self.model.weights_sha256,
             "device": self.device_type,
+            "torch.compile": self.is_compiled,
             "decoders": dict(self.decoders),
             **fingerprint_fields(self.columns),
         }
@@ -97,7 +100,12 @@ class WorkerFacts:
 def wanted_of_workers(manifest: DatasetManifest) -> dict[str, object]:
     """What the workers of an output must have, by the words of `WorkerFacts.decides_bytes`."""
     fixed = manifest.fingerprint_fields
-    return {**fixed, "model weights": manifest.model.weights_sha256, "device": fixed["device_type"]}
+    return {
+        **fixed,
+        "model weights": manifest.model.weights_sha256,
+        "device": fixed["device_type"],
+        "torch.compile": fixed.get("compile", False),
+    }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -337,6 +345,8 @@ class EncodeActor:
             versions={"latentmill": pipeline.__version__, "torch": str(torch.__version__)},
             node=platform.node(),
             pid=os.getpid(),
+            is_compiled=self._config.encoding.compile and self._encoder.compile_error is None,
+            compile_error=self._encoder.compile_error,
         )
 
     def beat(self) -> Beat:

@@ -12,10 +12,12 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import nn
 
 import cvvae
 from pipeline.config import EncodingConfig
@@ -24,6 +26,7 @@ from pipeline.records import Bucket, Clip, ClipFailure, LatentRecord, ModelFacts
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _REFERENCE_PICTURE_PX = 256 * 256
+_MOST_SHAPES = 256  # of buckets, chunks and tiles, which a compiled encoder is made for one by one
 
 
 def batch_size(bucket: Bucket, batch_frames: int, device_type: str) -> int:
@@ -108,6 +111,7 @@ class ClipEncoder:
 
     Attributes:
         busy_s: seconds spent in the encoder since the start (on a GPU: host time from submission to result).
+        compile_error: why the encoder runs as it is although it was to be compiled; None where all is as asked.
     """
 
     def __init__(self, encoding: EncodingConfig, device: torch.device) -> None:
@@ -120,6 +124,25 @@ class ClipEncoder:
         self.facts = model_facts(self._vae, encoding)
         self._staging: dict[Bucket, list[_Staging]] = {}
         self._copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.compile_error = self._compile() if encoding.compile else None
+
+    @torch.inference_mode()
+    def _compile(self) -> str | None:
+        """Compiles the encoder for every bucket before the first clip comes; says why where that fails."""
+        as_it_is = self._vae.encoder
+        self._vae.encoder = cast(nn.Module, torch.compile(as_it_is, fullgraph=True, dynamic=False))
+        torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = _MOST_SHAPES
+        try:
+            for bucket in self._encoding.buckets:
+                size = batch_size(bucket, self._encoding.batch_frames, self.device.type)
+                shape = (size, bucket.num_frames, bucket.height_px, bucket.width_px, 3)
+                self._moments(torch.zeros(shape, dtype=torch.uint8, device=self.device))
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except Exception as error:  # of many kinds: no C compiler, no Triton, an operation it does not know
+            self._vae.encoder = as_it_is
+            return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        return None
 
     def decoder(self) -> LatentDecoder:
         """A decoder on the weights that this encoder holds, for the same thread: nothing is loaded."""

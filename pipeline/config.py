@@ -258,6 +258,12 @@ class EncodingConfig:
         auto_or(whole("tile-px", 0)),
         None,
     )
+    compile: bool = option(
+        "run the encoder through torch.compile, where it compiles; minutes more for an actor to start",
+        yes_no("compile"),
+        False,
+        is_switch=True,
+    )
     cpus_per_actor: int | None = option(
         "CPU cores of an actor and threads of its encoder; auto: 1 without a GPU, 4 with one",
         auto_or(whole("cpus-per-actor", 1)),
@@ -290,6 +296,8 @@ class EncodingConfig:
         # Threads change the order of float sums on a CPU; a batch does on a GPU. Each is inert on the other device.
         resolved["cpus_per_actor"] = self.cpus_on(device_type) if device_type == "cpu" else None
         resolved["batch_frames"] = self.batch_frames if device_type != "cpu" else None
+        if not self.compile:  # as in outputs from before there was a choice
+            del resolved["compile"]
         return resolved
 
     def compute_dtype_on(self, device_type: str) -> str:

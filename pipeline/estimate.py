@@ -746,6 +746,8 @@ def _notes(config: JobConfig, crew: _Crew, look: Look, scale: Scale, found: Esti
         yield f"there was no time to encode {scaled}: scaled by pixels from {', '.join(found.measured)}"
     if config.run.num_actors is not None and crew.num_actors > crew.num_here:
         yield f"{crew.num_actors} actors are more than fit here; the others are taken to be on machines like this one"
+    if config.encoding.compile:
+        yield "the encoder was measured as it is, without torch.compile (--compile), which also starts later"
     if config.run.quality_share:
         yield f"decoding {config.run.quality_share:.2%} of the clips back (--quality-share) is not in the time"
     if found.embed_s is None:

@@ -361,7 +361,8 @@ def _refuse_other_encoding(store: ObjectStore, stored: DatasetManifest, config: 
             {"column_sets": (sets_held, sets_asked)},
         )
     asked = config.encoding.fingerprint_fields(str(held.get("device_type", "cpu")))
-    refuse_differences(store, {key: held.get(key) for key in asked}, asked)
+    asked["compile"] = config.encoding.compile
+    refuse_differences(store, {"compile": False, **{key: held[key] for key in asked if key in held}}, asked)
 
 
 def _refuse_other_model(store: ObjectStore, stored: DatasetManifest, config: JobConfig) -> None:
@@ -388,7 +389,7 @@ def _open_output(
         ConfigMismatchError: what stands there differs.
     """
     fields: dict[str, object] = {
-        **config.encoding.fingerprint_fields(facts.device_type),
+        **replace(config.encoding, compile=facts.is_compiled).fingerprint_fields(facts.device_type),
         **fingerprint_fields(facts.columns),
         "weights_sha256": facts.model.weights_sha256,
         "decoders": dict(facts.decoders),
@@ -935,6 +936,8 @@ class _Pool:
             self._wanted = _Wanted(f"node {facts.node}", facts.decides_bytes, is_binding=True)
         slot.is_ready = slot.has_been_ready = self._has_been_ready = True
         slot.node = facts.node
+        if facts.compile_error is not None:
+            self._progress.say("actor", f"encoder {slot.index} is not compiled (--compile): {facts.compile_error}")
         odd, self._odd = self._odd, []
         for other, found in odd:
             if self._wanted.differing(found):

@@ -132,6 +132,43 @@ def test_a_latent_decodes_to_the_frames_of_its_clip() -> None:
     assert (frames.shape, frames.dtype) == ((9, 32, 40, 3), np.uint8)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.*")
+def test_an_encoder_that_cannot_be_compiled_says_why_and_gives_the_bytes_of_one_that_was_not_to_be(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The C++ compiler is not there; torch finds that out by itself."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    image = Bucket(width_px=40, height_px=32, num_frames=1)
+    with torch._inductor.config.patch({"cpp.cxx": (None, str(tmp_path / "c++"))}):
+        encoder = ClipEncoder(_encoding("--compile", "--buckets", str(image)), CPU)
+    assert encoder.compile_error is not None
+    assert str(tmp_path / "c++") in encoder.compile_error
+    plain = ClipEncoder(_encoding("--buckets", str(image)), CPU)
+    assert plain.compile_error is None
+    (fallen_back,), (wanted,) = (_records(one, [_clip(0, image)]) for one in (encoder, plain))
+    assert fallen_back.mean.tobytes() == wanted.mean.tobytes()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.*")
+def test_a_compiled_encoder_is_whole_before_the_first_clip_and_gives_the_latents_to_rounding(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    image = Bucket(width_px=40, height_px=32, num_frames=1)
+    flags = "--buckets", f"{BUCKET};{image}", "--store-dtype", "float32"
+    encoder = ClipEncoder(_encoding("--compile", *flags), CPU)
+    assert encoder.compile_error is None
+    num_graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert num_graphs >= 2
+    clips = [_clip(0), _clip(1, image)]
+    for found, wanted in zip(
+        _records(encoder, clips), _records(ClipEncoder(_encoding(*flags), CPU), clips), strict=True
+    ):
+        np.testing.assert_allclose(found.mean, wanted.mean, atol=1e-4)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == num_graphs
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_a_gpu_latents_are_near_those_of_the_cpu_and_do_not_depend_on_the_batch() -> None:

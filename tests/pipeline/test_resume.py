@@ -33,6 +33,7 @@ RESULT_CHANGING = {
     "compute_dtype": ["--compute-dtype", "float16"],
     "chunk_frames": ["--chunk-frames", "8"],
     "tile_px": ["--tile-px", "64"],
+    "compile": ["--compile"],
 }
 ON_A_CPU = {"cpus_per_actor": ["--cpus-per-actor", "2"]}
 ON_A_GPU = {"batch_frames": ["--batch-frames", "17"]}

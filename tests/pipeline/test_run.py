@@ -20,7 +20,7 @@ import pytest
 from ray.exceptions import ActorUnavailableError, RayActorError, RayTaskError
 
 import pipeline.run as run
-from pipeline.actors import WorkerFacts
+from pipeline.actors import WorkerFacts, wanted_of_workers
 from pipeline.config import parse_arguments
 from pipeline.errors import StorageError, UsageError
 from pipeline.metrics import RunMetrics
@@ -411,6 +411,21 @@ def _facts(node: str, decord: str, weights_sha256: str = latents.MODEL.weights_s
         node=node,
         pid=1,
     )
+
+
+def test_an_output_is_compiled_for_as_far_as_its_first_actor_was() -> None:
+    """Who could not compile differs from who could, and an output that knows nothing of it was made without."""
+    compiled = replace(_facts("one", "0.6.0"), is_compiled=True)
+    fallen_back = replace(_facts("two", "0.6.0"), compile_error="no compiler")
+    wanted = _Wanted("node one", compiled.decides_bytes, is_binding=True)
+    assert wanted.differing(fallen_back) == ["torch.compile"]
+    config = parse_arguments([*FLAGS, "--compile"])
+    asked_for = {}
+    for facts in (compiled, fallen_back):
+        held = replace(config.encoding, compile=facts.is_compiled).fingerprint_fields("cpu")
+        manifest = replace(latents.manifest(), fingerprint_fields=held)
+        asked_for[facts.node] = wanted_of_workers(manifest)["torch.compile"]
+    assert asked_for == {"one": True, "two": False}
 
 
 def test_an_actor_on_a_node_with_another_installation_is_not_used_and_ends_nothing(
