@@ -1,7 +1,8 @@
 """The blocks and commands of a Markdown text, and whether the programs that commands name understand them.
 
 Each command goes to the parser of its own program: a job's or a script's as it reads a command line, make by a dry run
-(and what its recipe starts in turn), `ray`, `pip` and `kubectl` by theirs, `aws` by botocore's model of the service.
+(and what its recipe starts in turn), `ray`, `pip` and `kubectl` by theirs, `aws` by botocore's model of the service,
+`sbatch` by the file that it is given.
 Nothing is carried out. What the tests of README.md share; not a test.
 """
 
@@ -39,7 +40,7 @@ from pipeline import cli
 from pipeline.config import argument_parser, parse_arguments, read_parts
 
 ROOT = Path(__file__).resolve().parent.parent
-PROGRAMS = ("aws", "kubectl", "latentmill", "make", "pip", "python", "ray", "torchrun")
+PROGRAMS = ("aws", "kubectl", "latentmill", "make", "pip", "python", "ray", "sbatch", "torchrun")
 _NIGHTLY = ROOT / "infra" / "kubernetes" / "overlays" / "nightly"
 # What "..." stands for, where a command is shown without what every command of its program needs.
 _ELIDED = {"jobs/encode_laion.py": ("--input", "shards/", "--output", "s3://bucket/latents", "--model", "small")}
@@ -151,6 +152,7 @@ def why_refused(command: Command) -> str | None:
         "pip": _pip,
         "python": lambda _, words: understand_python(words[1:]),
         "ray": _ray,
+        "sbatch": _sbatch,
     }
     where = os.getcwd()
     os.chdir(ROOT)
@@ -266,6 +268,15 @@ def _ray(_: Command, words: list[str]) -> None:
         understand_python(started[1:])
     if "cluster_config_file" in given:
         assert yaml.safe_load((ROOT / given["cluster_config_file"]).read_text(encoding="utf-8"))["cluster_name"]
+
+
+def _sbatch(_: Command, words: list[str]) -> None:
+    place = next(number for number, word in enumerate(words) if word.endswith(".sbatch"))
+    said = (ROOT / words[place]).read_text(encoding="utf-8")
+    known = set(re.findall(r"^#SBATCH (--[\w-]+)", said, flags=re.MULTILINE))
+    # What is changed is something that the file sets.
+    assert set(flags_in(" ".join(words[1:place]))) <= known, words[1:place]
+    parse_arguments(words[place + 1 :])
 
 
 def _pip(_: Command, words: list[str]) -> None:

@@ -68,6 +68,7 @@ ONLY_UNDERSTOOD = {
     "PYTHONPATH=.:tests python -m chaos.memory ": "takes two hours",
     "ray job submit": "needs a cluster",
     "ray up": "needs an account",
+    "sbatch ": "needs Slurm; tests/infra/test_slurm.py has one",
 }
 # Flags of other programs that the text speaks of.
 FOREIGN_FLAGS = {"--number_sample_per_shard"}
@@ -134,6 +135,8 @@ def test_a_command_is_one_that_its_program_understands(command: Command) -> None
         ("kubectl apply -k infra/kubernetes/overlays/nightly", "kubectl apply -k infra/kubernetes/overlays/weekly"),
         ("--from=cronjob/latentmill-encode", "--from=cronjob/encode"),
         ("kubectl create job --namespace", "kubectl create job --name-space"),
+        ("sbatch --nodes 4 ", "sbatch --node 4 "),
+        ("infra/slurm.sbatch --input", "infra/slurm.sh --input"),
         ("file://infra/bucket-policy.json", "file://infra/policy.json"),
         ("put-bucket-policy --bucket", "put-bucket-policy --buckets"),
         ("'.[text]'", "'.[texts]'"),
@@ -188,6 +191,7 @@ def test_commands_on_an_output_work_one_after_the_other(
         "KEY": "a",
         "TARGET": "target",
         "URI": output.root_uri,
+        "latents": output.root_uri,
         "/data/": f"{tmp_path}/data/",
         "s3://bucket/": f"{tmp_path}/bucket/",
     }
@@ -414,7 +418,16 @@ def test_the_map_shows_every_file_once_and_nothing_else() -> None:
 def test_files_and_links_that_the_page_names_are_there() -> None:
     roots = ("cvvae/", "infra/", "jobs/", "pipeline/", "tests/")
     named = {span for span, _ in spans_in(README) if span.startswith(roots)}
-    linked = {target for target in targets_in(README) if "://" not in target}
+    linked = {target for target in targets_in(README) if "://" not in target and not target.startswith("#")}
     assert len(named) > 60
     assert len(linked) >= 4
     assert [place for place in sorted(named | linked) if not (ROOT / place).exists()] == []
+
+
+def test_links_within_the_page_lead_to_its_headings() -> None:
+    titles = re.findall(r"^#+ (.+)$", README, flags=re.MULTILINE)
+    # As GitHub makes them of headings.
+    anchors = {"#" + re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+    linked = {target for target in targets_in(README) if target.startswith("#")}
+    assert len(linked) > 8
+    assert linked <= anchors
