@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -50,7 +51,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--input", default=str(CLIPS), help="folder of videos, or anything else that the job takes")
     parser.add_argument("--output", type=Path, default=Path("demo-output"), help="local folder, emptied first")
     parser.add_argument("--model", default="small", help="name, folder or hub id of a CV-VAE")
-    parser.add_argument("--buckets", default="256x256x17;320x192x17;192x320x17")
+    parser.add_argument("--buckets", default="320x192x17;192x320x17")
     arguments = parser.parse_args(argv)
     if arguments.output.exists() and not (arguments.output / ".latentmill-demo").exists():
         parser.error(f"{arguments.output} is there and is not the output of an earlier demo: give another folder")
@@ -61,7 +62,7 @@ def main(argv: Sequence[str]) -> int:
     flags = ["--input", arguments.input, "--output", latents, "--model", arguments.model, "--format", "both"]
     flags += ["--buckets", arguments.buckets, "--samples-per-shard", "4"]
 
-    print(f"1. encode {arguments.input} with {arguments.model}:\n   python jobs/encode_laion.py {' '.join(flags)}")
+    print(f"1. encode {arguments.input} with {arguments.model}:\n   python jobs/encode_laion.py {shlex.join(flags)}")
     result, exit_code = _encode(flags)
     if exit_code:
         return exit_code

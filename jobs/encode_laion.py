@@ -4,7 +4,7 @@
     ray job submit --working-dir . -- python jobs/encode_laion.py ...            the same on a cluster
 
 Wiring only: the command line becomes a JobConfig, `pipeline.run` does the work, and what came of it becomes the last
-line on standard output, one JSON object with the counts, and the exit code:
+line on standard output, one JSON object with the counts (on a terminal: some lines for people), and the exit code:
 
     0 every planned sample is decided       2 wrong use               3 the output holds another configuration
     4 work is left undone                   5 too many rejections     130 interrupted
@@ -16,12 +16,13 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -42,8 +43,17 @@ from pipeline.errors import (
     printable,
 )
 from pipeline.metrics import RunMetrics
-from pipeline.progress import Progress
-from pipeline.run import EXIT_INTERRUPTED, EXIT_MISMATCH, EXIT_OK, EXIT_UNDONE, EXIT_USAGE, run
+from pipeline.progress import Progress, counted, duration_text
+from pipeline.run import (
+    EXIT_INTERRUPTED,
+    EXIT_MISMATCH,
+    EXIT_OK,
+    EXIT_REJECTED,
+    EXIT_UNDONE,
+    EXIT_USAGE,
+    RunSummary,
+    run,
+)
 from pipeline.store import shown_uri
 
 
@@ -92,8 +102,30 @@ def _encode(config: JobConfig, metrics: RunMetrics) -> int:
         if server is not None:
             server.shutdown()
             server.server_close()
-    _result(asdict(summary))
+    if not sys.stdout.isatty():
+        _result(asdict(summary))
+    elif not config.run.dry_run:
+        print("\n".join(map(printable, _told(summary, shown_uri(config.run.output)))), flush=True)
     return summary.exit_code
+
+
+def _told(summary: RunSummary, output: str) -> Iterator[str]:
+    """What came of a run, for people at a terminal."""
+    yield (
+        f"done      {counted(summary.num_records, 'clip')} of {summary.num_videos_ok:,} videos and images, in "
+        f"{counted(summary.num_shards - summary.num_shards_undone, 'shard')}; {summary.num_shards_done:,} of them in "
+        f"this run, in {duration_text(summary.elapsed_s)}"
+    )
+    if summary.num_videos_rejected or summary.reasons:
+        reasons = ", ".join(f"{reason} {number:,}" for reason, number in summary.reasons.items())
+        yield f"rejected  {summary.num_videos_rejected:,} videos and images; by reason, with single clips: {reasons}"
+    if summary.exit_code == EXIT_REJECTED:
+        yield "          that is more than --max-rejected-share allows: exit code 5"
+    if summary.num_shards_undone:
+        yield f"undone    {counted(summary.num_shards_undone, 'shard')}; the same command goes on"
+    yield from (f"          {shard_id}: {message}" for shard_id, message in summary.undone.items())
+    if summary.num_records:
+        yield f"next      latentmill report {shlex.quote(output)} -o report.html"
 
 
 def _leave_metrics(config: JobConfig, metrics: RunMetrics, exit_code: int) -> None:
@@ -122,7 +154,8 @@ def _interrupt(_number: int, _frame: object) -> None:
 
 def _fail(exit_code: int, error: Exception, **more: object) -> int:
     print(f"error: {printable(str(error))}", file=sys.stderr, flush=True)
-    _result({"exit_code": exit_code, "error": type(error).__name__, "message": str(error), **more})
+    if not sys.stdout.isatty():
+        _result({"exit_code": exit_code, "error": type(error).__name__, "message": str(error), **more})
     return exit_code
 
 

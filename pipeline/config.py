@@ -9,6 +9,7 @@ jobs describe their parts with `option` and its parsers and read them with `read
 from __future__ import annotations
 
 import argparse
+import difflib
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +22,7 @@ import yaml
 from pipeline.errors import UsageError
 from pipeline.records import REASONS, Bucket
 
+_DESCRIPTION = "Encodes a dataset of videos and images into latents. Where a flag can be auto, that is its default."
 _BUCKET = re.compile(r"(\d+)x(\d+)x(\d+)")
 FORMATS = ("parquet", "webdataset", "both")
 STORES = ("mean", "moments")
@@ -523,26 +525,49 @@ def _options(parts: Parts) -> dict[str, tuple[str, Field[Any]]]:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> Any:
-        raise UsageError(f"{message}; see --help")
+        flags = [flag for action in self._actions for flag in action.option_strings]
+        wrong = re.match(r"unrecognized arguments: (--[\w-]+)", message)
+        near = difflib.get_close_matches(wrong[1], flags, 1) if wrong else []
+        raise UsageError(f"{message}; {f'is {near[0]} meant? ' if near else ''}see --help")
 
 
 def argument_parser(
     parts: Parts = _PARTS, prog: str = "encode_laion.py", description: str | None = None
 ) -> argparse.ArgumentParser:
     """The parser of the flags; values stay text and are checked by `read_parts`."""
-    parser = _Parser(prog=prog, description=description or (__doc__ or "").split("\n")[0], allow_abbrev=False)
-    for name, (part, f) in _options(parts).items():
-        flag = "--" + name.replace("_", "-")
-        if f.metadata["is_nested"]:
-            continue
-        if f.metadata["is_switch"]:
-            parser.add_argument(flag, action="store_const", const="true", default=None, help=f.metadata["help"])
-        else:
-            required = " (required)" if f.default is MISSING else ""
-            help_text = f"{f.metadata['help']}{required} [{part}]".replace("%", "%%")
-            parser.add_argument(flag, default=None, metavar="VALUE", help=help_text)
+    required = [f"--{name.replace('_', '-')} VALUE" for name, (_, f) in _options(parts).items() if f.default is MISSING]
+    parser = _Parser(
+        prog=prog,
+        usage=" ".join([prog, *required, "[--FLAG VALUE ...]"]),
+        description=description or _DESCRIPTION,
+        allow_abbrev=False,
+    )
     parser.add_argument("--config", default=None, metavar="FILE", help="YAML file with the same keys as the flags")
+    for part, cls in parts.items():
+        group = parser.add_argument_group(part, (cls.__doc__ or "").partition("\n")[0])
+        for f in fields(cls):
+            flag, help_text = (
+                "--" + f.name.replace("_", "-"),
+                f"{f.metadata['help']}{_default_text(f)}".replace("%", "%%"),
+            )
+            if f.metadata["is_switch"]:
+                group.add_argument(flag, action="store_const", const="true", default=None, help=help_text)
+            elif not f.metadata["is_nested"]:
+                group.add_argument(flag, default=None, metavar="VALUE", help=help_text)
     return parser
+
+
+def _default_text(f: Field[Any]) -> str:
+    """What a flag is without being given, where its text does not say so."""
+    if f.default is MISSING:
+        return " (required)"
+    if f.metadata["is_switch"] or f.default is None or f.default == ():
+        return ""
+    if isinstance(f.default, tuple):
+        shown = (";" if isinstance(f.default[0], Bucket) else ",").join(map(str, f.default))
+    else:
+        shown = f"{f.default:,.10g}".replace(",", "") if isinstance(f.default, float) else str(f.default)
+    return f" (default: {shown})"
 
 
 def _read_yaml(path: str, parts: Parts) -> dict[str, Any]:

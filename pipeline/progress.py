@@ -17,6 +17,7 @@ from typing import TextIO
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress_bar import ProgressBar
+from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
@@ -155,6 +156,11 @@ def size_text(num_bytes: float) -> str:
     return f"{num_bytes:,.0f} PB"
 
 
+def counted(number: float, noun: str) -> str:
+    """ "1 shard", "2,000 shards"."""
+    return f"{number:,.10g} {noun}{'s' * (number != 1)}"
+
+
 def duration_text(seconds: float) -> str:
     """ "1:02:05" of 3725."""
     minutes, rest_s = divmod(round(seconds), 60)
@@ -200,7 +206,8 @@ class Progress:
 
     def __enter__(self) -> Progress:
         if self._mode == "live":
-            self._live = Live(Text(""), console=self._console, refresh_per_second=4)
+            # Until there is a standing: planning, and the start of Ray and of the encoders, take some seconds.
+            self._live = Live(Spinner("dots", "getting ready"), console=self._console, refresh_per_second=4)
             self._live.start()
         return self
 

@@ -63,7 +63,7 @@ from pipeline.errors import ConfigMismatchError, LatentmillError, StorageError, 
 from pipeline.format import FORMAT_VERSION
 from pipeline.metrics import RunMetrics
 from pipeline.plan import InputChange, UnwrittenSlices, changed_inputs, infer_passthrough, plan_shards
-from pipeline.progress import Crew, Progress, RateMeter, Standing
+from pipeline.progress import Crew, Progress, RateMeter, Standing, counted
 from pipeline.quality import RunQuality
 from pipeline.records import DatasetManifest, ShardCounts, ShardSpec, sum_counts
 from pipeline.redo import Retries, ordered_repairs, repairs, retries
@@ -211,8 +211,8 @@ def run(config: JobConfig, progress: Progress, metrics: RunMetrics) -> RunSummar
     ledger = _Ledger(planned, todo, again, started, config, metrics)
     progress.say(
         "plan",
-        f"{len(specs)} shards planned, {len(specs) - len(open_specs)} decided before, {len(todo)} to do in this run"
-        + (f", of these {len(again.specs)} once more" if again.specs else ""),
+        f"{counted(len(specs), 'shard')} planned, {len(specs) - len(open_specs)} decided before, "
+        f"{len(todo)} to do in this run" + (f", of these {len(again.specs)} once more" if again.specs else ""),
     )
     if config.run.dry_run:
         counts_before = {shard_id: shard.counts for shard_id, shard in before.items()}
@@ -686,7 +686,8 @@ def _is_loopback(address: str) -> bool:
 
 def _resources() -> str:
     total = ray.cluster_resources()
-    return f"{total.get('CPU', 0):g} CPUs, {total.get('GPU', 0):g} GPUs on {len(_nodes())} nodes"
+    cpus, gpus = counted(total.get("CPU", 0), "CPU"), counted(total.get("GPU", 0), "GPU")
+    return f"{cpus}, {gpus} on {counted(len(_nodes()), 'node')}"
 
 
 def _nodes() -> list[Mapping[str, float]]:
@@ -787,7 +788,7 @@ class _Pool:
             if num_gpus or CPU_ENVIRONMENT.items() <= inherited.items()
             else {"env_vars": CPU_ENVIRONMENT},
         }
-        self._crew = f"{num_actors} actors of {num_cpus} CPUs and {num_gpus:g} GPUs each"
+        self._crew = f"{counted(num_actors, 'actor')} of {counted(num_cpus, 'CPU')} and {counted(num_gpus, 'GPU')} each"
         self._progress = progress
         self._metrics = metrics
         self._run = config.run

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,8 @@ from builders import CLIP_VIDEOS, clip_members, tar_bytes
 from conftest import SeaweedFS
 from servers import FaultProxy
 
-from jobs.encode_laion import main
+from jobs.encode_laion import _told, main
+from pipeline.run import RunSummary
 
 
 def _run(flags: list[str], folder: Path, capsys: pytest.CaptureFixture[str]) -> tuple[int, dict[str, object], str]:
@@ -88,3 +90,42 @@ def test_a_store_that_cannot_be_reached_leaves_the_work_undone(
     code, result, _err = _run(["--output", s3_env.root()], tmp_path, capsys)
     assert (code, result["error"]) == (4, "StorageUnavailableError")
     assert "127.0.0.1:9" in str(result["message"])
+
+
+def test_a_terminal_gets_lines_for_people_instead_of_the_object(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    base = ["--input", str(CLIP_VIDEOS[0].parent), "--output", str(tmp_path / "out"), "--model", "small"]
+    assert main([*base, "--dry-run", "--dry-run-seconds", "0"]) == 0
+    assert main([*base, "--fps", "fast"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "1 shard planned" in captured.err
+    assert "'fast' is neither" in captured.err
+    summary = RunSummary(
+        exit_code=4,
+        num_shards=8,
+        num_shards_done_before=2,
+        num_shards_done=5,
+        num_shards_undone=1,
+        num_videos=75,
+        num_videos_ok=70,
+        num_videos_rejected=5,
+        num_clips=1306,
+        num_records=1300,
+        num_clips_rejected=6,
+        num_frames=22100,
+        reasons={"unreadable": 5, "frames_missing": 1},
+        snapshot=1,
+        elapsed_s=61.2,
+        clips_per_s=20.0,
+        undone={"00007": "the store was away"},
+    )
+    assert list(_told(summary, "my latents")) == [
+        "done      1,300 clips of 70 videos and images, in 7 shards; 5 of them in this run, in 0:01:01",
+        "rejected  5 videos and images; by reason, with single clips: unreadable 5, frames_missing 1",
+        "undone    1 shard; the same command goes on",
+        "          00007: the store was away",
+        "next      latentmill report 'my latents' -o report.html",
+    ]

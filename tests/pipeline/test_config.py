@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
-from pipeline.config import parse_arguments, parse_buckets
+from pipeline.config import argument_parser, parse_arguments, parse_buckets
 from pipeline.errors import UsageError
 from pipeline.records import Bucket
 
@@ -111,3 +112,15 @@ def test_what_changes_bytes_enters_the_fingerprint_and_nothing_else_does() -> No
         "cpus_per_actor",
         "device_type",
     }
+
+
+def test_help_says_what_is_required_and_what_each_flag_is_by_default() -> None:
+    text = re.sub(r"\s+", " ", argument_parser().format_help())
+    assert "--input VALUE --model VALUE --output VALUE [--FLAG VALUE ...]" in text
+    for said in ("(default: 8)", "(default: 256x256x1;256x256x17)", "(default: parquet)", "(default: 20000000000)"):
+        assert said in text
+
+
+def test_a_misspelt_flag_is_answered_with_the_one_that_was_meant() -> None:
+    with pytest.raises(UsageError, match="is --buckets meant"):
+        parse_arguments([*_REQUIRED, "--buket", "8x8x1"])
