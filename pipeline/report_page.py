@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, datetime
 from html import escape
 from itertools import pairwise
 from typing import Any
@@ -18,9 +20,10 @@ from typing import Any
 Pictures = Sequence[tuple[bytes, bytes]]  # WebP of each example and of its first frame
 
 _FIRST = 12
+_PSNR_ENDS_DB = (20, 25, 30, 35, 40)
 _LONG_CAPTION = 180
 _DIRECTIONS = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
-_UNITS = ("B", "KB", "MB", "GB", "TB", "PB")
+_UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
 _ASKED = {
     "fps": "Frames per second",
     "buckets": "Buckets",
@@ -147,8 +150,10 @@ def page(document: Mapping[str, Any], pictures: Pictures) -> str:
         _tiles(document),
         _warnings(document),
         _gallery(document, pictures),
-        '<div class="two">',
+        '<div class="two"><div>',
         _funnel(document),
+        _quality(document),
+        "</div>",
         _asked(document),
         "</div>",
         _rejections(document),
@@ -159,7 +164,7 @@ def page(document: Mapping[str, Any], pictures: Pictures) -> str:
         _channels(document),
         _time(document),
         _notes(document),
-        f"<footer>Looked at {_text(document['reported_at'])}. Figures of samples say so, others are exact.</footer>",
+        f"<footer>Looked at {_moment(document['reported_at'])}. Figures of samples say so, others are exact.</footer>",
     ]
     return _PAGE.format(title=_text(title), style=_STYLE, body="\n".join(part for part in parts if part))
 
@@ -178,6 +183,11 @@ def _is_hidden(char: str) -> bool:
 def _words(value: str) -> str:
     """As `_text`, with line ends and other white space as single spaces."""
     return _text(" ".join(value.split()))
+
+
+def _moment(stated: str) -> str:
+    """ "2026-11-23 15:31 UTC" of an ISO time."""
+    return f"{datetime.fromisoformat(stated).astimezone(UTC):%Y-%m-%d %H:%M} UTC"
 
 
 def _name(uri: str) -> str:
@@ -375,6 +385,25 @@ def _plain(value: object, name: str = "") -> str:
     if isinstance(value, list):
         return ", ".join(map(str, value))
     return f"{value:g}" if isinstance(value, float) and name == "fps" else str(value)
+
+
+def _quality(document: Mapping[str, Any]) -> str:
+    compared = [example for example in document["examples"] if example["psnr_db"] is not None]
+    if not compared:
+        return ""
+    ends = [-math.inf, *_PSNR_ENDS_DB, math.inf]
+    labels = [f"under {_PSNR_ENDS_DB[0]} dB", *(f"{low} to {high} dB" for low, high in pairwise(_PSNR_ENDS_DB))]
+    labels.append(f"{_PSNR_ENDS_DB[-1]} dB and more")
+    numbers = [sum(low <= one["psnr_db"] < high for one in compared) for low, high in pairwise(ends)]
+    shown = [row for row in zip(labels, numbers, strict=True) if row[1]]
+    bars = _bars((label, number, f"{number:,} ({_share(number, len(compared))})", "") for label, number in shown)
+    psnr, worst = document["quality"]["psnr_db"], min(compared, key=lambda one: float(one["psnr_db"]))
+    return (
+        '<section><h2>Quality of reconstructions</h2><p class="faint">PSNR of the clips above against the frames that '
+        f"their sources give.</p>{bars}<p>Mean {psnr['mean']:.1f} dB, median {psnr['median']:.1f} dB, best "
+        f"{psnr['highest']:.1f} dB; worst {worst['psnr_db']:.1f} dB: {_words(worst['key'])}, clip "
+        f"{worst['clip_index']}.</p></section>"
+    )
 
 
 def _rejections(document: Mapping[str, Any]) -> str:

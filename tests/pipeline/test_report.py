@@ -116,6 +116,16 @@ def test_clips_are_compared_with_what_their_source_gives(encoded: Path, reported
             assert getattr(picture, "n_frames", 1) == (1 if example.key == "city_still" else 5)
 
 
+def test_the_page_says_how_good_reconstructions_are_and_which_is_the_worst(reported: Report) -> None:
+    text = _page(reported)
+    compared = [example for example in reported.examples if example.psnr_db is not None]
+    worst = min(compared, key=lambda example: example.psnr_db or 0)
+    (card,) = re.findall(r"<h2>Quality of reconstructions</h2>(.*?)</section>", text)
+    assert f"worst {worst.psnr_db:.1f} dB: {worst.key}, clip {worst.clip_index}." in card
+    counts = [int(number) for number in re.findall(r'class="value">(\d+) ', card)]
+    assert sum(counts) == len(compared)
+
+
 def test_a_source_that_changed_or_went_is_not_compared_and_that_is_said(encoded: Path, tmp_path: Path) -> None:
     shutil.copytree(encoded, tmp_path / "copy", symlinks=True)
     original, other = (encoded / "in" / f"{name}.mp4" for name in VIDEOS)
