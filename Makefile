@@ -22,6 +22,7 @@ bench: .venv/installed-test
 	.venv/bin/python tests/benchmarks/bench_pipeline.py
 	.venv/bin/python tests/benchmarks/bench_commit.py
 	.venv/bin/python tests/benchmarks/bench_start.py
+	.venv/bin/python tests/benchmarks/bench_estimate.py
 	.venv/bin/python tests/benchmarks/bench_peers.py
 	.venv/bin/python tests/benchmarks/bench_layout.py
 	.venv/bin/python tests/benchmarks/bench_scale.py

@@ -42,6 +42,8 @@ _START = (
 # Rounds of one bucket: the first warms up, and counts only where there is no time for a second.
 _NUM_ROUNDS = 4
 _MOST_AT_ONCE = 16
+# Nanoseconds on a core, nanoseconds of waiting for one.
+_SCHEDULED = Path("/proc/self/schedstat")
 _LOG_TAIL_BYTES = 2000
 
 
@@ -51,11 +53,13 @@ class EncoderFacts:
 
     Attributes:
         start_s: seconds from the start of its process until it could encode.
+        slowdown: of a process here, by others that want the same cores: 2 where it waited as long as it ran.
     """
 
     model: ModelFacts
     device_name: str
     start_s: float
+    slowdown: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,7 +119,10 @@ class Calibration:
             if "error" in answer:
                 raise UsageError(answer["error"])
             self._facts = EncoderFacts(
-                model=ModelFacts(**answer["model"]), device_name=answer["device_name"], start_s=answer["start_s"]
+                model=ModelFacts(**answer["model"]),
+                device_name=answer["device_name"],
+                start_s=answer["start_s"],
+                slowdown=answer["slowdown"],
             )
         return self._facts
 
@@ -225,7 +232,7 @@ def main() -> int:
         return 2
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     start_s = time.time() - psutil.Process().create_time()
-    answer({"model": asdict(encoder.facts), "device_name": name, "start_s": start_s})
+    answer({"model": asdict(encoder.facts), "device_name": name, "start_s": start_s, "slowdown": _slowdown()})
     for line in sys.stdin:
         request = json.loads(line)
         if "captions" in request:
@@ -238,6 +245,15 @@ def main() -> int:
         measure = _on_cpu if device.type == "cpu" else _on_gpu
         answer({"s_per_clip": measure(encoder, clips, order["num_at_once"], fields, request["patience_s"])})
     return 0
+
+
+def _slowdown() -> float:
+    """As in `EncoderFacts`, of this process until now; 1 where the kernel does not tell."""
+    try:
+        ran_ns, waited_ns, _ = map(int, _SCHEDULED.read_text(encoding="ascii").split())
+    except (OSError, ValueError):
+        return 1.0
+    return 1.0 + waited_ns / ran_ns if ran_ns else 1.0
 
 
 def _clip(frames: npt.NDArray[np.uint8]) -> Clip:

@@ -17,10 +17,13 @@ import pytest
 from builders import CLIP_STILLS, CLIP_VIDEOS, clip_members, pack_clips, tar_bytes
 from conftest import SeaweedFS
 from integration.jobs_under_test import commits_of, run_job
+from latents import manifest
 from servers import FaultProxy
 
+import pipeline.calibration as calibration
 import pipeline.estimate as estimate
 import pipeline.s3
+from pipeline.calibration import EncoderFacts
 from pipeline.config import JobConfig, parse_arguments
 from pipeline.estimate import (
     Estimate,
@@ -29,6 +32,7 @@ from pipeline.estimate import (
     _advice_on_shards,
     _advice_on_speed,
     _Crew,
+    _Speeds,
     _Times,
 )
 from pipeline.estimate_text import lines_of
@@ -284,6 +288,21 @@ def test_a_retry_is_scaled_by_its_videos(tmp_path: Path) -> None:
     assert Scale([spec, retry], first).num_videos == pytest.approx(22)
 
 
+def test_what_others_take_of_the_cores_makes_the_start_longer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, scale = _whole_tars(3, 10)
+    look = _look_at_nothing(scale)
+    starts = []
+    for said, slowdown in (("500 0 7", 1.0), ("500 1500 7", 4.0), ("nonsense", 1.0)):
+        (tmp_path / "schedstat").write_text(said, encoding="ascii")
+        monkeypatch.setattr(calibration, "_SCHEDULED", tmp_path / "schedstat")
+        assert calibration._slowdown() == slowdown
+        facts = EncoderFacts(model=manifest().model, device_name="cpu", start_s=2.0, slowdown=slowdown)
+        speeds = _Speeds(facts=facts, s_per_clip=dict.fromkeys(scale.clips, 1.0), measured=())
+        config = parse_arguments(["--input", "in", "--output", "out", "--model", "small"])
+        starts.append(estimate._times(config, CREW, look, scale, speeds).start_s)
+    assert starts[0] == starts[2] == starts[1] - 3 * estimate._RAY_START_S
+
+
 # --- advice ---------------------------------------------------------------------------------------------------------
 
 
@@ -296,6 +315,22 @@ def _times(encoding: float, decoding: float) -> _Times:
     """Of two actors with a GPU and four cores each: seconds of encoding and of decoding."""
     busy_s = {"encoding": encoding, "decoding": decoding, "cores": decoding}
     return _Times(encode_s=2 * encoding, decode_cpu_s=8 * decoding, start_s=10.0, busy_s=busy_s)
+
+
+def _look_at_nothing(scale: Scale) -> Look:
+    return Look(
+        shards=scale.shards,
+        cpu_s=1.0,
+        start_s=1.0,
+        num_bytes=1,
+        frames={},
+        examples={},
+        kinds=frozenset({"video"}),
+        source_uris=(),
+        file_requests={},
+        num_passed_over=0,
+        ran_out=False,
+    )
 
 
 def _whole_tars(num_shards: int, num_videos: int) -> tuple[list[ShardSpec], Scale]:
@@ -366,19 +401,7 @@ def test_shards_that_are_too_large_too_small_or_too_few_are_named_with_a_size_th
 def test_a_bucket_that_nothing_fits_is_named_and_those_for_images_of_an_input_of_videos_are_not() -> None:
     _, scale = _whole_tars(3, 10)
     required = ["--input", "in", "--output", "out", "--model", "small"]
-    look = Look(
-        shards=scale.shards,
-        cpu_s=1.0,
-        start_s=1.0,
-        num_bytes=1,
-        frames={},
-        examples={},
-        kinds=frozenset({"video"}),
-        source_uris=(),
-        file_requests={},
-        num_passed_over=0,
-        ran_out=False,
-    )
+    look = _look_at_nothing(scale)
     named = parse_arguments([*required, "--buckets", "64x64x9;512x512x9;64x64x1"])
     (advice,) = _advice_on_buckets(named, look, scale)
     assert "none went into 512x512x9;" in advice
