@@ -519,6 +519,10 @@ class _Ledger:
         ):
             self.metrics.set("latentmill_shards", number, state=state)
 
+    def begin(self) -> None:
+        """Work can be done from now on; the start of Ray and of the encoders is no part of a rate."""
+        self._rate = RateMeter()
+
     def standing(self, num_running: int, crew: Crew) -> Standing:
         """How far the run is."""
         self.note_states(num_running)
@@ -1177,6 +1181,7 @@ class _Dispatch:
             UsageError: the model or the configuration is wrong.
             StorageError: an actor committed where this process cannot see it.
         """
+        self._ledger.begin()
         try:
             self._work()
         except _HopelessError as error:

@@ -24,7 +24,7 @@ from pipeline.actors import WorkerFacts, wanted_of_workers
 from pipeline.config import parse_arguments
 from pipeline.errors import StorageError, UsageError
 from pipeline.metrics import RunMetrics
-from pipeline.progress import Progress
+from pipeline.progress import Crew, Progress
 from pipeline.records import Redo, ShardSpec
 from pipeline.redo import Retries
 from pipeline.run import (
@@ -586,3 +586,22 @@ def test_workers_are_made_for_the_gpu_that_is_asked_for_and_for_none_where_none_
     asked = parse_arguments([*FLAGS, "--gpus-per-actor", "0.5"])
     assert not run._will_encode_on_cpu(asked)
     assert run._will_encode_on_cpu(parse_arguments([*FLAGS, "--gpus-per-actor", "0"]))
+
+
+def test_the_start_of_ray_and_of_the_encoders_is_no_part_of_a_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s = 0.0
+    monkeypatch.setattr("pipeline.progress.time.monotonic", lambda: now_s)
+    dispatch = _dispatch(4, io.StringIO())
+    now_s = 60.0
+
+    def work() -> None:
+        nonlocal now_s
+        now_s = 70.0
+        dispatch._ledger._rate.add(2, 20)
+        raise run._HopelessError("seen enough")
+
+    monkeypatch.setattr(dispatch, "_work", work)
+    monkeypatch.setattr(dispatch, "_pool", SimpleNamespace(crew=Crew))
+    monkeypatch.setattr(run, "committed_ids", lambda _: set())
+    dispatch.until_decided()
+    assert dispatch._ledger._rate.rates() == (0.2, 2.0)
