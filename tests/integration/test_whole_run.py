@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 import signal
 import socket
@@ -213,6 +214,7 @@ def test_a_job_submitted_to_two_nodes_writes_the_same_bytes_to_s3_with_four_acto
         _wait_for(address)
         assert [_answer(address, token) for token in (None, "another")] == [401, 403]
         first, said = _submit(address, env, job)
+        shown = _actors_on_the_dashboard(address, env["RAY_AUTH_TOKEN"])
         second, _ = _submit(address, env, job)
     assert '"event": "ray"' in said
     assert "4 CPUs, 0 GPUs on 2 nodes" in said
@@ -220,6 +222,8 @@ def test_a_job_submitted_to_two_nodes_writes_the_same_bytes_to_s3_with_four_acto
     assert (first["num_shards_done"], first["num_records"]) == (NUM_SHARDS, len(MEDIA))
     assert (second["num_shards_done"], second["num_shards_done_before"]) == (0, NUM_SHARDS)
     assert data_digests(output) == data_digests(str(undisturbed[0]))
+    run = f"latentmill {output.rpartition('/')[2]} [0-9a-f]{{6}} encoder"
+    assert sorted(re.sub(run, "encoder", name) for name in shown) == [f"encoder {number}" for number in range(4)]
     read = [key for batch in LatentDataset(output, batch_size=3) for key in batch["key"]]
     assert len(read) == len(set(read)) == len(MEDIA)
 
@@ -247,6 +251,14 @@ def _answer(address: str, token: str | None) -> int:
             return int(answer.status)
     except HTTPError as error:
         return error.code
+
+
+def _actors_on_the_dashboard(address: str, token: str) -> list[str]:
+    """Their names, as a person reads them there."""
+    asked = Request(f"{address}/api/v0/actors", headers={"Authorization": f"Bearer {token}"})
+    with urlopen(asked, timeout=60) as answer:
+        rows = json.load(answer)["data"]["result"]["result"]
+    return [row["name"] for row in rows if row["class_name"] == "EncodeActor"]
 
 
 def _submit(address: str, env: Mapping[str, str], job: list[str]) -> tuple[dict[str, object], str]:
