@@ -38,6 +38,7 @@ from pipeline.errors import (
 from pipeline.progress import size_text
 from pipeline.records import COUNTED, DatasetManifest, sum_counts
 from pipeline.storage import ObjectStore, open_store
+from pipeline.store import shown_uri
 
 if TYPE_CHECKING:
     from pipeline.audit import Audit
@@ -493,7 +494,14 @@ def _preview_clip(arguments: argparse.Namespace, manifest: DatasetManifest) -> N
     try:
         dataset = LatentDataset(arguments.uri, batch_size=1, shuffle_seed=None, scaled=False, filter=wanted)
     except UsageError as error:
-        raise UsageError(f"there is no clip {arguments.clip} of a video {arguments.key!r}: {error}") from error
+        # An output without any latents says so itself.
+        some = next(iter(LatentDataset(arguments.uri, batch_size=3, shuffle_seed=None, scaled=False)))
+        there = ", ".join(repr(key) for key in dict.fromkeys(some["key"]))
+        raise UsageError(
+            f"there is no clip {arguments.clip} of a video {arguments.key!r} in {shown_uri(arguments.uri)}, which has "
+            f"such as {there}; a video may also have been rejected: `latentmill urls --format rejected` lists the "
+            "files that say why"
+        ) from error
     batch = next(iter(dataset))
     latent = batch["latents"][0].numpy()
     decoder = _decoder_at_hand(arguments, manifest)

@@ -328,7 +328,9 @@ def test_a_clip_that_is_not_there_and_a_name_that_says_no_form_are_refused(
     encoded: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["preview", str(encoded / "out"), "nobody", "-o", str(tmp_path / "a.gif"), "--model", "none"]) == 2
-    assert "no clip 0 of a video 'nobody'" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "no clip 0 of a video 'nobody'" in err
+    assert any(f"such as '{name}'" in err for name in (*VIDEOS, "city_still"))
     assert main(["preview", str(encoded / "out"), VIDEOS[0], "-o", str(tmp_path / "a.avi")]) == 2
     assert ".mp4 or .gif" in capsys.readouterr().err
 
