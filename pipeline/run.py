@@ -29,7 +29,13 @@ from uuid import uuid4
 
 import ray
 from ray._private.authentication.authentication_utils import is_token_auth_enabled
-from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError, RayError, RayTaskError
+from ray.exceptions import (
+    ActorDiedError,
+    ActorUnavailableError,
+    RayActorError,
+    RayError,
+    RayTaskError,
+)
 
 import cvvae
 from pipeline import sandbox
@@ -834,7 +840,9 @@ class _Pool:
             fitting = max(1, _num_places(*self._place))
         except RayError:
             return  # Ray's head does not answer: its clients end the run when it stays away
-        for slot in [slot for slot in self.slots if not slot.is_ready and slot.has_been_ready]:
+        for slot in [
+            slot for slot in self.slots if not slot.is_ready and (slot.has_been_ready or slot.num_failed_starts)
+        ]:
             if len(self.slots) > fitting:
                 self._progress.say("actor", f"encoder {slot.index} has no place any more: its node is gone")
                 self._drop(slot)
@@ -911,8 +919,10 @@ class _Pool:
             return None
         except RayActorError as error:
             slot.num_failed_starts += 1
-            # Dead for good is an actor whose constructor failed; one that Ray starts again answers so for a while.
+            # Dead for good is an actor whose constructor failed; one that Ray starts again answers so for a while. So does
+            # one whose node went before it was ready, until Ray knows of that and `fit` drops it.
             is_returning = slot.has_been_ready or slot.has_been_killed or slot.num_start_errors
+            is_returning = is_returning or (self._has_been_ready and isinstance(error, ActorUnavailableError))
             limit = _MAX_FAILED_RETURNS if is_returning else _MAX_FAILED_STARTS
             if isinstance(error, ActorDiedError) or slot.num_failed_starts >= limit:
                 self._give_up(slot, _no_start(slot, error))

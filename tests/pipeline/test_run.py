@@ -605,3 +605,23 @@ def test_the_start_of_ray_and_of_the_encoders_is_no_part_of_a_rate(monkeypatch: 
     monkeypatch.setattr(run, "committed_ids", lambda _: set())
     dispatch.until_decided()
     assert dispatch._ledger._rate.rates() == (0.2, 2.0)
+
+
+def test_an_encoder_whose_node_goes_before_it_is_ready_leaves_its_place_to_the_next_node(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pool, said = _failing_pool(monkeypatch, ActorUnavailableError("Socket closed", None)), io.StringIO()
+    pool._progress, pool._has_been_ready, pool._place = Progress("plain", said), True, (1, 0.0)
+    starting, at_work = pool.slots
+    for _ in range(2 * run._MAX_FAILED_STARTS):
+        pool.admit(next(iter(pool.starting)))
+    assert starting in pool.slots, "it is not known yet that its node is gone"
+    joined = _Slot(2, _Actor())
+    monkeypatch.setattr(pool, "_add", lambda: joined)
+    for fitting in (1, 2):
+        monkeypatch.setattr(run, "_num_places", lambda *_, fitting=fitting: fitting)
+        pool._fitted_s = -run._FIT_S
+        pool.fit(9)
+        assert pool.slots == [at_work]
+    assert "encoder 0 has no place any more: its node is gone" in said.getvalue()
+    assert "encoder 2 joins: the cluster has room for 2" in said.getvalue()
