@@ -919,8 +919,8 @@ class _Pool:
             return None
         except RayActorError as error:
             slot.num_failed_starts += 1
-            # Dead for good is an actor whose constructor failed; one that Ray starts again answers so for a while. So does
-            # one whose node went before it was ready, until Ray knows of that and `fit` drops it.
+            # Dead for good is an actor whose constructor failed; one that Ray starts again answers so for a while. So
+            # does one whose node went before it was ready, until Ray knows of that and `fit` drops it.
             is_returning = slot.has_been_ready or slot.has_been_killed or slot.num_start_errors
             is_returning = is_returning or (self._has_been_ready and isinstance(error, ActorUnavailableError))
             limit = _MAX_FAILED_RETURNS if is_returning else _MAX_FAILED_STARTS

@@ -1,6 +1,6 @@
 """What a dry run takes, and how near it comes: of many tars in a bucket, and beside runs of the demo's clips.
 
-    python tests/benchmarks/bench_estimate.py [--tars 10000] [--rounds 2] [--results FOLDER]
+    python tests/benchmarks/bench_estimate.py [--tars 10000] [--rounds 2] [--inputs 3] [--results FOLDER]
 
 First `--dry-run` of tars of one real clip each on a SeaweedFS, to see how long planning and looking take: with its
 usual time, and with none, which is the plan alone. Then dry run and run in turns, each a process of its own on an
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import resource
 import statistics
@@ -39,6 +38,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--tars", type=int, default=10_000, help="in the bucket; 0: none of this")
     parser.add_argument("--rounds", type=int, default=2, help="of a dry run and a run of each input; 0: none of this")
+    parser.add_argument("--inputs", type=int, default=3, help="the first so many of the three")
+    parser.add_argument("--seconds", type=float, default=20, help="--dry-run-seconds")
     add_results_option(parser)
     options = parser.parse_args()
     if options.tars:
@@ -80,7 +81,7 @@ def many_tars(options: argparse.Namespace) -> None:
             list(pool.map(put, range(options.tars)))
         rows: list[dict[str, Any]] = []
         # The first list after so many uploads waits for the store.
-        for seconds in (0, 0, 20, 20):
+        for seconds in (0, 0, options.seconds, options.seconds):
             flags = ["--input", "s3://shards/in", "--output", "s3://latents/out", "--dry-run"]
             result, clock_s, cpu_s = called([*flags, "--dry-run-seconds", str(seconds)], env)
             # Without time there is a plan and no estimate.
@@ -117,31 +118,33 @@ def beside_runs(options: argparse.Namespace) -> None:
             "84 clips in 8 tars": ["--input", str(folder / "tars")],
             "84 clips in 8 tars, embeddings": ["--input", str(folder / "tars"), *embed],
         }
-        runs: dict[str, list[dict[str, float]]] = {what: [] for what in inputs}
+        inputs = dict(list(inputs.items())[: options.inputs])
+        runs: dict[str, list[dict[str, float | None]]] = {what: [] for what in inputs}
         for turn in range(options.rounds):
             for number, (what, flags) in enumerate(inputs.items()):
                 output = ["--buckets", BUCKETS, "--output", str(folder / f"out-{number}-{turn}")]
-                foreseen = called([*flags, *output, "--dry-run"], env)[0]["estimate"]
+                dry = ["--dry-run", "--dry-run-seconds", str(options.seconds)]
+                foreseen = called([*flags, *output, *dry], env)[0]["estimate"]
                 result, clock_s, _ = called([*flags, *output], env)
                 # None where a busy machine left no time to measure.
-                estimate_s = foreseen["duration_s"] or math.nan
+                estimate_s, num_clips = foreseen["duration_s"], foreseen["num_clips"]
                 runs[what].append(
                     {
                         "estimate, s": estimate_s,
-                        "of it embedding": foreseen["embed_s"] or 0.0,
+                        "of it embedding, s": foreseen["embed_s"],
                         "run, s": result["elapsed_s"],
                         "process, s": clock_s,
-                        "clips / run's": foreseen["num_clips"] / result["num_records"],
-                        "estimate / run": estimate_s / result["elapsed_s"],
+                        "clips / run's": num_clips and num_clips / result["num_records"],
+                        "estimate / run": estimate_s and estimate_s / result["elapsed_s"],
                     }
                 )
                 print(what, runs[what][-1], file=sys.stderr, flush=True)
     rows = []
     for what, found in runs.items():
-        ratios = [run["estimate / run"] for run in found]
-        row: dict[str, Any] = {"input": what} | {
-            name: statistics.median(run[name] for run in found) for name in found[0]
-        }
+        known = {name: [value for run in found if (value := run[name]) is not None] for name in found[0]}
+        row: dict[str, Any] = {"input": what}
+        row |= {name: statistics.median(values) if values else None for name, values in known.items()}
+        ratios = known["estimate / run"] or [None]
         rows.append(row | {"least": min(ratios), "most": max(ratios)})
     report(
         "estimate-time",

@@ -27,6 +27,7 @@ _LEAST = {
     "bench_pipeline.py": "--rounds 1 --shards 1 --videos 2 --rates 16",
     "bench_commit.py": "--rounds 1 --videos 2 --writers 1,2 --commits 8",
     "bench_start.py": "--rounds 1 --videos 1",
+    "bench_estimate.py": "--tars 20 --rounds 1 --inputs 1 --seconds 8",
     "bench_peers.py": "--clips 12",
     "bench_layout.py": "--mib 32",
     "bench_scale.py": "--shards 200,400 --actors 20 --plan 200,400",
