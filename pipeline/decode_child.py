@@ -23,16 +23,18 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from pipeline import sandbox
 from pipeline.config import DecodeLimits
 from pipeline.cutting import Cover, CutRules, choose_bucket, clip_spans, cover
 from pipeline.errors import RejectionError
-from pipeline.frames import ClipReader, decoder_class, open_picture, scan_video
+from pipeline.frames import ClipReader, Scan, decoder_class, glance_at_video, open_picture, scan_video
 from pipeline.records import Bucket
 
 MAX_MESSAGE_BYTES = 1 << 16
@@ -53,6 +55,45 @@ class _Rules:
     limits: DecodeLimits
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Video:
+    """A video that has been looked through, and how it is cut."""
+
+    scan: Scan
+    bucket: Bucket
+    shape: Cover
+    starts: npt.NDArray[np.int64]
+    reader: ClipReader
+
+    def frames_of(self, clip_index: int, fps: float | None) -> npt.NDArray[np.int64]:
+        return self.scan.timeline.frames_at(int(self.starts[clip_index]), self.bucket.num_frames, fps)
+
+
+def _planned(media_fd: int, scan: Scan, rules: _Rules, sign_of_life: Callable[[], None]) -> _Video:
+    cut, limits = rules.cut, rules.limits
+    num_instants = scan.timeline.num_instants(cut.fps)
+    bucket = choose_bucket(cut.buckets, "video", scan.width_px, scan.height_px, num_instants, cut.upscale)
+    shape = _covering(bucket, scan.width_px, scan.height_px, limits)
+    starts = clip_spans(num_instants, bucket.num_frames, cut.clip_stride, cut.clips_per_video)
+    reader = ClipReader(media_fd, scan, shape, limits, sign_of_life)
+    return _Video(scan=scan, bucket=bucket, shape=shape, starts=starts, reader=reader)
+
+
+def _by_a_glance(
+    media_fd: int, first_clip: int, rules: _Rules, memory: memoryview, sign_of_life: Callable[[], None]
+) -> _Video | None:
+    """The video, its first clip in the memory; None where a glance does not do, which means nothing."""
+    with suppress(RejectionError):
+        scan = glance_at_video(media_fd, rules.limits, sign_of_life)
+        if scan is not None:
+            video = _planned(media_fd, scan, rules, sign_of_life)
+            is_one = first_clip < len(video.starts)
+            frames = _frames_in(memory, video.bucket)
+            if is_one and video.reader.read_plainly(video.frames_of(first_clip, rules.cut.fps), frames):
+                return video
+    return None
+
+
 def _clips_of_video(
     media_fd: int, first_clip: int, rules: _Rules, memory: memoryview, sign_of_life: Callable[[], None]
 ) -> Iterator[dict[str, object]]:
@@ -62,30 +103,34 @@ def _clips_of_video(
     clips before it, so that a child that takes over in the middle gives the same bytes.
     """
     cut, limits = rules.cut, rules.limits
-    scan = scan_video(media_fd, limits, sign_of_life)
-    timeline = scan.timeline
-    num_instants = timeline.num_instants(cut.fps)
-    bucket = choose_bucket(cut.buckets, "video", scan.width_px, scan.height_px, num_instants, cut.upscale)
-    shape = _covering(bucket, scan.width_px, scan.height_px, limits)
-    starts = clip_spans(num_instants, bucket.num_frames, cut.clip_stride, cut.clips_per_video)
+    glanced_at = _by_a_glance(media_fd, first_clip, rules, memory, sign_of_life)
+    video = glanced_at or _planned(media_fd, scan_video(media_fd, limits, sign_of_life), rules, sign_of_life)
+    scan, bucket, timeline = video.scan, video.bucket, video.scan.timeline
     clip_fps = cut.fps if cut.fps is not None else scan.fps
-    reader = ClipReader(media_fd, scan, shape, limits, sign_of_life)
     # A stream that breaks off does not say how much followed: one rejection stands for all of it.
     has_unknown_rest = scan.is_cut and cut.clips_per_video is None
-    yield {"type": "opened", "num_clips": len(starts) + has_unknown_rest}
+    last_clip = len(video.starts) - 1
+    if glanced_at and first_clip == last_clip:
+        video.reader.close()
+    yield {"type": "opened", "num_clips": len(video.starts) + has_unknown_rest}
 
-    shape_of_clip = (bucket.num_frames, bucket.height_px, bucket.width_px, 3)
-    frames = np.frombuffer(memory, dtype=np.uint8, count=bucket.num_bytes).reshape(shape_of_clip)
+    frames = _frames_in(memory, bucket)
     times_s = np.frombuffer(memory, dtype=np.float64, count=bucket.num_frames, offset=-(-bucket.num_bytes // 8) * 8)
-    for clip_index in range(first_clip, len(starts)):
-        start = int(starts[clip_index])
+    for clip_index in range(first_clip, len(video.starts)):
         try:
-            indices = timeline.frames_at(start, bucket.num_frames, cut.fps)
-            decoder = reader.read(indices, frames)
+            indices = video.frames_of(clip_index, cut.fps)
+            if glanced_at and clip_index == first_clip:
+                decoder = decoder_class("decord")
+            else:
+                decoder = video.reader.read(indices, frames)
         except RejectionError as error:
             yield {"type": "rejected", "clip_index": clip_index, "reason": error.reason, "message": error.message}
             continue
+        finally:
+            if clip_index == last_clip:
+                video.reader.close()
         times_s[:] = timeline.times_s[indices]
+        start = int(video.starts[clip_index])
         if cut.fps is not None:
             start_s, end_s = start / cut.fps, (start + bucket.num_frames) / cut.fps
         else:
@@ -99,7 +144,7 @@ def _clips_of_video(
             "start_s": start_s,
             "end_s": end_s,
             "fps": clip_fps,
-            "crop": shape.crop,
+            "crop": video.shape.crop,
             "facts": {
                 "width_px": scan.width_px,
                 "height_px": scan.height_px,
@@ -112,7 +157,13 @@ def _clips_of_video(
         }
     if has_unknown_rest:
         message = f"the file ends inside a packet, {timeline.end_s:.3f} s after its first frame"
-        yield {"type": "rejected", "clip_index": len(starts), "reason": "frames_missing", "message": message}
+        yield {"type": "rejected", "clip_index": len(video.starts), "reason": "frames_missing", "message": message}
+
+
+def _frames_in(memory: memoryview, bucket: Bucket) -> npt.NDArray[np.uint8]:
+    """Where the frames of a clip lie, `(T, H, W, 3)`."""
+    shape = (bucket.num_frames, bucket.height_px, bucket.width_px, 3)
+    return np.frombuffer(memory, dtype=np.uint8, count=bucket.num_bytes).reshape(shape)
 
 
 def _covering(bucket: Bucket, width_px: int, height_px: int, limits: DecodeLimits) -> Cover:

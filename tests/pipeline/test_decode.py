@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import hashlib
 import importlib.metadata
@@ -391,6 +392,80 @@ def test_an_hour_of_tiny_video_is_cut_whole_in_bounded_memory() -> None:
         num_clips += 1
     own_pool.close()
     assert num_clips == 3600 // 9
+
+
+def scans(content: bytes) -> tuple[frames.Scan | None, frames.Scan]:
+    """What a glance finds in a file and what looking through it finds; in this process, of files made here."""
+    opened, limits = video(content), DecodeLimits()
+    try:
+        return (
+            frames.glance_at_video(opened.media_fd, limits, lambda: None),
+            frames.scan_video(opened.media_fd, limits, lambda: None),
+        )
+    finally:
+        os.close(opened.media_fd)
+
+
+def plain(scan: frames.Scan) -> dict[str, Any]:
+    told = dataclasses.asdict(scan)
+    told.update(told.pop("timeline"))
+    return {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in told.items()}
+
+
+@pytest.mark.parametrize(
+    "made_by",
+    [
+        ("-i", str(WAVES), "-c", "copy"),
+        ("-i", str(WAVES), "-c", "copy", "-movflags", "+faststart"),
+        ("-ss", "0.3", "-i", str(WAVES), "-c", "copy"),
+        ("-display_rotation", "90", "-i", str(WAVES), "-c", "copy"),
+        ("-display_hflip", "-i", str(WAVES), "-c", "copy"),
+        ("-i", str(WAVES), "-c", "copy", "-bsf:v", "h264_metadata=display_orientation=insert:rotate=90"),
+        ("-i", str(WAVES), "-c:v", "libx264", "-preset", "ultrafast", "-pix_fmt", "yuv422p10le"),
+        ("-i", str(WAVES), "-c:v", "libx264", "-preset", "ultrafast", "-x264-params", "slices=4:tff=1"),
+        ("-i", str(WAVES), "-c:v", "libx265", "-preset", "ultrafast", "-x265-params", "log-level=none"),
+        ("-f", "lavfi", "-i", "sine=duration=2", "-i", str(WAVES), "-map", "0", "-map", "1", "-c:v", "copy"),
+    ],
+)
+def test_a_glance_at_a_whole_mp4_finds_what_looking_through_it_finds(made_by: tuple[str, ...]) -> None:
+    glance, scan = scans(ffmpeg(*made_by))
+    assert glance is not None
+    assert plain(glance) == plain(scan)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "made_by"),
+    [
+        (".mp4", ("-c", "copy", "-movflags", "+frag_keyframe+empty_moov")),
+        (".mp4", ("-c:v", "mjpeg", "-q:v", "2")),
+        (".mkv", ("-c", "copy")),
+        (".ts", ("-c", "copy")),
+        (".avi", ("-c:v", "mpeg4", "-q:v", "2")),
+    ],
+)
+def test_a_glance_says_nothing_where_headers_do_not_tell_all(suffix: str, made_by: tuple[str, ...]) -> None:
+    glance, scan = scans(ffmpeg("-i", str(WAVES), *made_by, suffix=suffix))
+    assert glance is None
+    assert len(scan.pts) == 58
+
+
+def test_a_glance_says_nothing_of_an_mp4_that_is_cut() -> None:
+    whole = ffmpeg("-i", str(WAVES), "-c", "copy", "-movflags", "+faststart")
+    for share in (0.5, 0.9, 0.999):
+        assert scans(whole[: int(len(whole) * share)])[0] is None
+
+
+def test_damage_in_a_picture_that_a_glance_does_not_see_is_found(pool: DecodePool) -> None:
+    damaged = bytearray(moving_pattern("160x120", "25", 4, "-c:v", "libx264", "-g", "25", "-bf", "0"))
+    with av.open(io.BytesIO(bytes(damaged))) as container:
+        first = next(packet for packet in container.demux(video=0))
+    assert first.pos is not None
+    middle = first.pos + first.size // 2
+    damaged[middle : middle + 200] = b"\xaa" * 200
+    assert scans(bytes(damaged))[0] is not None
+    results = digests(list(pool.decode([video(bytes(damaged))])))
+    assert results[0] == ("key", 0, "decode_error")
+    assert [len(result) for result in results[1:]] == [4, 4]
 
 
 # --- pictures -------------------------------------------------------------------------------------------------------
