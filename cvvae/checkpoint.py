@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from cvvae.config import NUM_LEVELS, ConfigError, CVVAEConfig
 from cvvae.folders import CONFIG_NAME, SHIPPED, WEIGHTS_NAME, folder_here, is_shipped, sha256_of_file
@@ -252,6 +252,10 @@ def _fill(vae: CVVAE, tensors: Mapping[str, Tensor], source: str) -> None:
             + "\ncheck that the two files belong together"
         )
     vae.load_state_dict({own_names[key]: tensor for key, tensor in tensors.items()}, strict=True, assign=True)
+    for layer in vae.modules():
+        if isinstance(layer, nn.Conv2d):
+            # As activations are, or torch reorders it in every call.
+            layer.to(memory_format=torch.channels_last)
 
 
 def _listing(what: str, entries: Iterable[str]) -> list[str]:

@@ -112,7 +112,9 @@ class LightEncoder(nn.Module):
         nothing = x.new_zeros(1, self.channels, TEMPORAL_COMPRESSION, *sides)
         field: Tensor = self.motion_out(self.motion(self.motion_in(to_channels_last(nothing))))
         rows, columns = (_stretched(side, reach, x.device) for side in (H, W))
-        return field.index_select(3, rows).index_select(4, columns).expand(B, -1, -1, -1, -1)
+        # Channels last, as x is: adding tensors of two layouts takes ten times as long.
+        stretched = field.movedim(1, -1).index_select(2, rows).index_select(3, columns).movedim(-1, 1)
+        return stretched.expand(B, -1, -1, -1, -1)
 
 
 class LightDecoder(nn.Module):
