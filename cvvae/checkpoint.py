@@ -255,7 +255,7 @@ def _fill(vae: CVVAE, tensors: Mapping[str, Tensor], source: str) -> None:
     for layer in vae.modules():
         if isinstance(layer, nn.Conv2d):
             # As activations are, or torch reorders it in every call.
-            layer.to(memory_format=torch.channels_last)
+            layer.weight.data = layer.weight.data.contiguous(memory_format=torch.channels_last)
 
 
 def _listing(what: str, entries: Iterable[str]) -> list[str]:

@@ -128,9 +128,11 @@ def plain_pyav(paths: Sequence[Path], fps: float | None, most: int | None) -> in
 
 
 def by_pool(pool: DecodePool, paths: Sequence[Path]) -> int:
-    clips = list(pool.decode(videos(paths)))
-    assert all(isinstance(clip, Clip) for clip in clips), "the real clips decode"
-    return sum(len(clip.frames) for clip in clips if isinstance(clip, Clip))
+    num_frames = 0
+    for clip in pool.decode(videos(paths)):
+        assert isinstance(clip, Clip), "the real clips decode"
+        num_frames += len(clip.frames)
+    return num_frames
 
 
 def repeated(path: Path, times: int, folder: Path) -> Path:
