@@ -2,15 +2,21 @@
 
     python tests/benchmarks/bench_peers.py [--clips 100] [--only WAY ...] [--results FOLDER]
 
-Each way runs as a process of its own on a small folder and on a large one, both made of the demo's ten videos, and
-writes its latents to a local folder. Counted are clock and the CPU seconds of all its descendants, Ray's daemons
-included. The difference of the two runs is what a clip costs once everything has started; the small run's rest is the
-start. One thread for each process that computes; where decoding and encoding are apart they may overlap on two cores.
+Each way runs as a process of its own on a small folder and on one ten times as large, both made of the demo's ten
+videos, and writes its latents to a local folder. The difference of the two runs is what a clip costs once everything
+has started; the small run's rest is the start. One thread for each process that computes; where decoding and encoding
+are apart they may overlap on two cores.
+
+CPU seconds are those of all processes that a way starts, as `/proc` shows them four times a second: the kernel's own
+sum over descendants leaves out whatever Ray's raylet does not wait for. Of them *main* is the loop or the driver,
+*actors* encode (in Ray Data some decode), *children* decode, and *Ray* are its daemons and idle workers. These compute
+by the clock and not by the clip: the longer a clip waits for other work of the machine, the more they add to it.
 
 What the ways write is not the same. `decord + CVVAE`, Ray Data and this pipeline encode clips of 256x256x17 at 8
 frames/s with `small`. The image VAEs of diffusers (`AutoencoderTiny` in its default shape, which is TAESD's, and
 `AutoencoderKL` in the shape of SD 2.1; made weights, as values do not change the speed) encode the same frames one by
-one and give 17 latents a clip, not 5. The published script's way, written from its description, takes whole videos at
+one and give 17 latents a clip, not 5; AutoencoderKL encodes three frames of each clip here, which are scaled to 17. The
+published script's way, written from its description, takes whole videos at
 their native rate, resized without regard to their shape, cut to 1 + 4 n frames and encoded in chunks of 17 frames that
 overlap by one, and saves drawn latents: 65 frames of a video of 66, of which the others make one clip.
 Only this pipeline checks files for damage, decodes in a sandbox, goes on after a crash and commits exactly once.
@@ -21,16 +27,18 @@ from __future__ import annotations
 import argparse
 import ctypes
 import os
-import resource
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -39,7 +47,9 @@ import results
 ROOT = Path(__file__).parents[2]
 CLIPS = sorted((ROOT / "tests" / "data" / "clips").glob("*.mp4"))
 SIZE_PX, NUM_FRAMES, FPS = 256, 17, 8.0
+NUM_FRAMES_OF_KL = 3
 _PR_SET_CHILD_SUBREAPER = 36
+_WATCH_EVERY_S = 0.25
 
 # --- the ways, each in a process of its own: they are given a folder of videos and one to write to -------------------
 
@@ -101,14 +111,14 @@ def plain_cvvae(folder: Path, output: Path) -> None:
     write_table(rows, output)
 
 
-def frame_by_frame(folder: Path, output: Path, encode: Callable[[Any], Any]) -> None:
+def frame_by_frame(folder: Path, output: Path, encode: Callable[[Any], Any], num_frames: int = NUM_FRAMES) -> None:
     import torch
 
     rows = []
     with torch.inference_mode():
         for path in sorted(folder.glob("*.mp4")):
             frames = to_input(decoded_clip(path))
-            latents = torch.cat([encode(frames[:, :, number]) for number in range(NUM_FRAMES)])
+            latents = torch.cat([encode(frames[:, :, number]) for number in range(num_frames)])
             rows.append((path.stem, latents.half().numpy()))
     write_table(rows, output)
 
@@ -135,7 +145,7 @@ def plain_kl(folder: Path, output: Path) -> None:
         sample_size=768,
     )
     vae = vae.eval().requires_grad_(False)
-    frame_by_frame(folder, output, lambda frame: vae.encode(frame).latent_dist.mean)
+    frame_by_frame(folder, output, lambda frame: vae.encode(frame).latent_dist.mean, NUM_FRAMES_OF_KL)
 
 
 class Encoder:
@@ -193,20 +203,21 @@ def this_pipeline(folder: Path, output: Path) -> None:
 
 @dataclass(frozen=True)
 class Way:
-    """How a way is run, and on how many files: slow ones on fewer."""
+    """How a way is run, on how many files (slow ones on fewer), and how often a clip holds what is measured of it."""
 
     run: Callable[[Path, Path], None]
     share: float = 1.0
     what: str = "clip of 17 frames"
+    scale: float = 1.0
 
 
 WAYS = {
     "decord + CVVAE": Way(plain_cvvae),
     "Ray Data + CVVAE": Way(ray_data),
     "this pipeline": Way(this_pipeline),
-    "published script + CVVAE": Way(published_script, 0.4, "video of 65 frames"),
-    "decord + AutoencoderTiny": Way(plain_tiny, 0.1),
-    "decord + AutoencoderKL": Way(plain_kl, 0.02),
+    "published script + CVVAE": Way(published_script, 0.2, "video of 65 frames"),
+    "decord + AutoencoderTiny": Way(plain_tiny, 0.06),
+    "decord + AutoencoderKL": Way(plain_kl, 0.03, scale=NUM_FRAMES / NUM_FRAMES_OF_KL),
 }
 
 # --- measuring ------------------------------------------------------------------------------------------------------
@@ -229,31 +240,50 @@ def environment(scratch: Path) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HOME": str(scratch), **ray}
 
 
-def cpu_seconds_of_ended_children() -> float:
-    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return usage.ru_utime + usage.ru_stime
+ROLES = ("main", "actors", "children", "Ray")
 
 
-def measure(way: str, folder: Path, output: Path, scratch: Path) -> tuple[float, float]:
-    """Seconds of clock and of CPU. Ray's daemons outlive who started them; they come to this process to be counted."""
+def role_of(process: psutil.Process, main_pid: int) -> str:
+    command = " ".join(process.cmdline())
+    if process.pid == main_pid:
+        return "main"
+    if "pipeline.decode_child" in command:
+        return "children"
+    return "actors" if command.startswith("ray::") and not command.startswith("ray::IDLE") else "Ray"
+
+
+def watch(main_pid: int, seen: dict[int, tuple[str, float]]) -> None:
+    """Notes what each process is and has computed until now; a worker of Ray is what it was before it became idle."""
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):
+            times, role = process.cpu_times(), role_of(process, main_pid)
+            before, _ = seen.get(process.pid, (role, 0.0))
+            seen[process.pid] = (before if role == "Ray" else role, times.user + times.system)
+
+
+def measure(way: str, folder: Path, output: Path, scratch: Path) -> dict[str, float]:
+    """Seconds of clock and of CPU, and the latter by role. Ray's daemons outlive who started them, and come here."""
     output.mkdir()
-    before_s, started_s = cpu_seconds_of_ended_children(), time.monotonic()
+    started_s = time.monotonic()
     command = [sys.executable, __file__, "--run", way, "--input", str(folder), "--output", str(output)]
     log = output / "log"
+    seen: dict[int, tuple[str, float]] = {}
     with log.open("w") as text:
-        job = subprocess.run(command, env=environment(scratch), stdout=text, stderr=text, check=False)
+        job = subprocess.Popen(command, env=environment(scratch), stdout=text, stderr=text)
+        while job.poll() is None:
+            watch(job.pid, seen)
+            with suppress(subprocess.TimeoutExpired):
+                job.wait(_WATCH_EVERY_S)
     clock_s = time.monotonic() - started_s
     if job.returncode:
         raise SystemExit(f"{way} ended with exit code {job.returncode}:\n{log.read_text()[-3000:]}")
-    for _ in orphans():
-        pass
-    return clock_s, cpu_seconds_of_ended_children() - before_s
+    await_orphans()
+    by_role = {role: sum(cpu_s for its, cpu_s in seen.values() if its == role) for role in ROLES}
+    return {"clock": clock_s, "cpu": sum(by_role.values()), **by_role}
 
 
-def orphans() -> Iterator[int]:
+def await_orphans() -> None:
     """Waits for all that is left of a job; what does not end by itself within 30 s is ended."""
-    import psutil
-
     patience_s = time.monotonic() + 30
     while True:
         try:
@@ -261,7 +291,6 @@ def orphans() -> Iterator[int]:
         except ChildProcessError:
             return
         if pid:
-            yield pid
             continue
         if time.monotonic() > patience_s:
             for process in psutil.Process().children(recursive=True):
@@ -290,22 +319,27 @@ def main() -> None:
         for number, way in enumerate(options.only):
             many = max(2, round(options.clips * WAYS[way].share))
             few = max(1, many // 10)
-            found = []
-            for count in (few, many):
-                folder = folder_of(count, scratch / f"in{number}-{count}")
-                found.append(measure(way, folder, scratch / f"out{number}-{count}", scratch))
-            (few_clock_s, few_cpu_s), (many_clock_s, many_cpu_s) = found
-            clock_s, cpu_s = (many_clock_s - few_clock_s) / (many - few), (many_cpu_s - few_cpu_s) / (many - few)
+            small, large = (
+                measure(
+                    way,
+                    folder_of(count, scratch / f"in{number}-{count}"),
+                    scratch / f"out{number}-{count}",
+                    scratch,
+                )
+                for count in (few, many)
+            )
+            each = {name: (large[name] - small[name]) / (many - few) for name in small}
+            scale = WAYS[way].scale
             rows.append(
                 {
                     "way": way,
                     "encodes": WAYS[way].what,
                     "num_files": many,
-                    "per_s": 1 / clock_s,
-                    "cpu_s_each": cpu_s,
-                    "start_s": few_clock_s - few * clock_s,
-                    "start_cpu_s": few_cpu_s - few * cpu_s,
-                    "per_s_with_start": many / many_clock_s,
+                    "per_s": 1 / each["clock"] / scale,
+                    "cpu_s_each": each["cpu"] * scale,
+                    **{f"{role}_cpu_s_each": each[role] * scale for role in ROLES},
+                    "start_s": small["clock"] - few * each["clock"],
+                    "start_cpu_s": small["cpu"] - few * each["cpu"],
                 }
             )
             print(rows[-1], file=sys.stderr, flush=True)
