@@ -8,7 +8,7 @@ has started; the small run's rest is the start. One thread for each process that
 are apart they may overlap on two cores.
 
 CPU seconds are those of all processes that a way starts, as `/proc` shows them four times a second: the kernel's own
-sum over descendants leaves out whatever Ray's raylet does not wait for. Of them *main* is the loop or the driver,
+sum over descendants was seen to miss Ray's workers. Of them *main* is the loop or the driver,
 *actors* encode (in Ray Data some decode), *children* decode, and *Ray* are its daemons and idle workers. These compute
 by the clock and not by the clip: the longer a clip waits for other work of the machine, the more they add to it.
 
