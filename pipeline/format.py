@@ -184,10 +184,10 @@ def encode_latent(latent: npt.NDArray[np.floating], dtype: str) -> bytes:
 
 
 def decode_latent(data: Any, shape: Sequence[int], dtype: str) -> npt.NDArray[np.floating]:
-    """The array of a `latent` value, a read-only view of `data` where that is bytes or an Arrow buffer.
+    """The array of a `latent` value, a view of `data` and read-only where that is.
 
     Args:
-        data: anything with the buffer protocol.
+        data: anything with the buffer protocol; or uint8 `(B, bytes)`, of which each row is a value of that shape.
         shape: the row's `latent_shape`.
         dtype: the row's `latent_dtype`.
 
@@ -197,10 +197,11 @@ def decode_latent(data: Any, shape: Sequence[int], dtype: str) -> npt.NDArray[np
     if dtype not in _LATENT_DTYPES:
         raise DamagedObjectError(f"latent_dtype is {dtype!r}; allowed are {', '.join(_LATENT_DTYPES)}")
     little = _LATENT_DTYPES[dtype]
-    num_bytes, expected = memoryview(data).nbytes, math.prod(shape) * little.itemsize
+    values = data if isinstance(data, np.ndarray) else np.frombuffer(data, np.uint8)
+    num_bytes, expected = values.shape[-1], math.prod(shape) * little.itemsize
     if num_bytes != expected:
         raise DamagedObjectError(f"a latent of shape {tuple(shape)} {dtype} has {num_bytes} bytes, not {expected}")
-    return np.frombuffer(data, dtype=little).reshape(tuple(shape))
+    return values.view(little).reshape(*values.shape[:-1], *shape)
 
 
 def member_key(key: str, clip_index: int) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import struct
 import tarfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,6 +24,7 @@ import pyarrow.parquet as pq
 
 from pipeline.errors import DamagedObjectError
 from pipeline.format import REJECTION_COLUMNS, Content, decode_latent
+from pipeline.pages import plain_pages
 from pipeline.records import ClipFailure, Step
 
 
@@ -141,24 +143,74 @@ class RecordFile(ABC):
 class _ParquetRecords(RecordFile):
     def __init__(self, source: Any, with_page_checksums: bool) -> None:
         try:
-            self._file = pq.ParquetFile(source, page_checksum_verification=with_page_checksums)
+            readable = source if isinstance(source, Path) else pa.BufferReader(source)
+            self._file = pq.ParquetFile(readable, page_checksum_verification=with_page_checksums)
         except pa.ArrowInvalid as error:
             raise DamagedObjectError(f"this is no readable Parquet file: {error}") from error
         metadata = self._file.metadata
         self.group_rows = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+        # A path is not mapped: its values are read when they are asked for.
+        self._data = None if isinstance(source, Path) else memoryview(source).cast("B")
+        self._with_page_checksums = with_page_checksums
 
     def read_columns(self, names: Sequence[str]) -> list[tuple[Any, ...]]:
         table = self._file.read(columns=list(names))
         return list(zip(*(table.column(name).to_pylist() for name in names), strict=True))
 
     def read_rows(self, group: int, columns: Sequence[str] | None = None) -> StoredRows:
-        names = None if columns is None else list(dict.fromkeys([*_ALWAYS_READ, *columns]))
-        table = self._file.read_row_group(group, columns=names)
-        values = table.drop_columns(["latent"]).to_pydict()
+        names = self._file.schema_arrow.names if columns is None else dict.fromkeys([*_ALWAYS_READ, *columns])
+        # Latents apart: they lie in the file as they are, and Arrow would copy them.
+        values = self._file.read_row_group(group, columns=[name for name in names if name != "latent"]).to_pydict()
         if "extra" in values:
             values["extra"] = [None if extra is None else json.loads(extra) for extra in values["extra"]]
-        latents = _latents(table.column("latent"), values["latent_shape"], values["latent_dtype"])
+        shapes, dtypes = values["latent_shape"], values["latent_dtype"]
+        latents = self._latents_in_place(group, shapes, dtypes)
+        if latents is None:
+            latents = _latents(self._file.read_row_group(group, columns=["latent"]).column("latent"), shapes, dtypes)
         return StoredRows.of(values, latents, columns)
+
+    def _latents_in_place(self, group: int, shapes: Sequence[Sequence[int]], dtypes: Sequence[str]) -> _Latents | None:
+        """Views of the file's own bytes, where these are at hand and hold latents as they are."""
+        if self._data is None:
+            return None
+        pages = plain_pages(self._data, self._file.metadata, group, "latent", with_checksums=self._with_page_checksums)
+        if pages is None or sum(num_values for num_values, _ in pages) != len(shapes):
+            return None
+        parts: list[_Latents] = []
+        first = 0
+        for num_values, page in pages:
+            stop = first + num_values
+            part = _latents_of_page(page, shapes[first:stop], dtypes[first:stop])
+            if part is None:
+                return None
+            parts.append(part)
+            first = stop
+        return parts[0] if len(parts) == 1 else [latent for part in parts for latent in part]
+
+
+_LENGTH = struct.Struct("<I")
+
+
+def _latents_of_page(page: memoryview, shapes: Sequence[Sequence[int]], dtypes: Sequence[str]) -> _Latents | None:
+    """Views of PLAIN values, each with its length before it; rows of one shape are one array. None: not so laid out."""
+    if _are_equal(shapes) and _are_equal(dtypes) and len(page) % len(shapes) == 0:
+        table = np.frombuffer(page, np.uint8).reshape(len(shapes), -1)
+        lengths = table[:, : _LENGTH.size].copy().view("<u4")
+        if (lengths == table.shape[1] - _LENGTH.size).all():
+            return decode_latent(table[:, _LENGTH.size :], shapes[0], dtypes[0])
+    latents: list[npt.NDArray[np.floating]] = []
+    position = 0
+    for shape, dtype in zip(shapes, dtypes, strict=True):
+        if position + _LENGTH.size > len(page):
+            return None
+        start = position + _LENGTH.size
+        position = start + _LENGTH.unpack_from(page, position)[0]
+        latents.append(decode_latent(page[start:position], shape, dtype))
+    return latents
+
+
+def _are_equal(values: Sequence[Any]) -> bool:
+    return bool(values) and values.count(values[0]) == len(values)
 
 
 def _latents(column: pa.ChunkedArray, shapes: Sequence[Sequence[int]], dtypes: Sequence[str]) -> _Latents:
@@ -173,7 +225,7 @@ def _latents(column: pa.ChunkedArray, shapes: Sequence[Sequence[int]], dtypes: S
     bounds = np.frombuffer(edges, np.int32, len(chunk) + 1, chunk.offset * 4)
     values = memoryview(data)[bounds[0] : bounds[-1]]
     sizes = np.diff(bounds)
-    if (sizes == sizes[0]).all() and dtypes.count(dtypes[0]) == len(dtypes) and shapes.count(shapes[0]) == len(shapes):
+    if (sizes == sizes[0]).all() and _are_equal(dtypes) and _are_equal(shapes):
         return decode_latent(values, [len(chunk), *shapes[0]], dtypes[0])
     parts = [values[start:stop] for start, stop in itertools.pairwise(bounds.tolist())]
     return list(map(decode_latent, parts, shapes, dtypes))
@@ -242,7 +294,7 @@ def open_records(source: Path | pa.Buffer | bytes, content: Content, *, with_pag
     """
     if content == "webdataset":
         return _TarRecords(source)
-    return _ParquetRecords(source if isinstance(source, Path) else pa.BufferReader(source), with_page_checksums)
+    return _ParquetRecords(source, with_page_checksums)
 
 
 def read_records(
