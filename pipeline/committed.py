@@ -1,6 +1,6 @@
 """Committed files, checked, wherever the store is: which rows of them count, and where their bytes are kept.
 
-Not where rows are read (`rows`). A file is only ever reached through the commit that names it, and size and SHA-256 are
+Not where rows are read (`rows`). A file is only ever reached through the commit that names it, and size and digest are
 checked when it is opened. Files of a local folder are mapped where they are; those of a remote store are kept in a
 cache folder that all processes of a machine share. What several generations of a shard say of one sample is merged
 here. `rows` and `columns` read training data through the cache; `redo` and `audit` ask for the outcome of a shard.
@@ -9,7 +9,6 @@ here. `rows` and `columns` read training data through the cache; `redo` and `aud
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import io
 import os
 import re
@@ -29,7 +28,14 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.commit import DecidedShard, decided_shards, fetch_data_file, read_data_file, records_that_count
+from pipeline.commit import (
+    DecidedShard,
+    decided_shards,
+    fetch_data_file,
+    has_stated_bytes,
+    read_data_file,
+    records_that_count,
+)
 from pipeline.errors import DamagedObjectError, StorageNotFoundError
 from pipeline.records import ClipFailure, Commit, FileStat, ShardCounts
 from pipeline.storage import ObjectStore
@@ -439,6 +445,4 @@ def _mapped(path: Path) -> pa.Buffer:
 
 
 def _is_as_stated(buffer: pa.Buffer, stat: FileStat, is_checked: bool) -> bool:
-    if buffer.size != stat.num_bytes:
-        return False
-    return is_checked or hashlib.sha256(buffer).hexdigest() == stat.sha256
+    return buffer.size == stat.num_bytes if is_checked else has_stated_bytes(stat, buffer)

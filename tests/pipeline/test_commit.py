@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from blake3 import blake3
 from commits import later_generation, make_commit
 from servers import BIN, FaultProxy, free_ports, s3_variables, stop, wait_for_http
 
@@ -34,6 +35,7 @@ from pipeline.commit import (
     DecidedShard,
     Snapshot,
     _commit_key,
+    _commit_of,
     _json_bytes,
     check_store,
     commit_shard,
@@ -42,6 +44,7 @@ from pipeline.commit import (
     decided_shards,
     fetch_data_file,
     fingerprint_of,
+    has_stated_bytes,
     latest_snapshot,
     load_commits,
     open_dataset,
@@ -407,6 +410,7 @@ def test_a_data_file_is_named_by_its_content(content: Any, extension: str, store
         sha256=sha256,
         num_rows=3,
         content=content,
+        blake3=None if content == "rejected" else blake3(b"rows").hexdigest(),
     )
     assert file == put_data_file(store, tmp_path / "x", shard_id="00000-1234abcd", content=content, num_rows=3)
     later = put_data_file(store, tmp_path / "x", shard_id="00000-1234abcd", content=content, num_rows=3, generation=2)
@@ -416,10 +420,38 @@ def test_a_data_file_is_named_by_its_content(content: Any, extension: str, store
     assert (tmp_path / "back").read_bytes() == b"rows"
 
 
-@pytest.mark.parametrize("damage", [b"", b"row", b"rowz", b"rows and more"])
-def test_a_damaged_data_file_is_never_handed_out(damage: bytes, store: ObjectStore, tmp_path: Path) -> None:
+def test_readers_check_the_faster_digest_and_sha256_where_it_is_absent_or_disagrees(
+    store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "x").write_bytes(b"rows")
     file = put_data_file(store, tmp_path / "x", shard_id="s", content="parquet", num_rows=1)
+    for stated in (None, "0" * 64, file.blake3):
+        assert has_stated_bytes(dataclasses.replace(file, blake3=stated), b"rows")
+        assert not has_stated_bytes(dataclasses.replace(file, blake3=stated), b"rowz")
+        assert not has_stated_bytes(dataclasses.replace(file, blake3=stated), b"rows and more")
+        fetch_data_file(store, dataclasses.replace(file, blake3=stated), tmp_path / "back")
+        assert (tmp_path / "back").read_bytes() == b"rows"
+    monkeypatch.setattr(hashlib, "sha256", None)
+    assert has_stated_bytes(file, b"rows")
+
+
+def test_records_of_versions_without_a_field_are_read_and_those_with_one_more_too(store: ObjectStore) -> None:
+    commit = make_commit("s", 1)
+    value = json.loads(_json_bytes(commit))
+    for file in value["files"]:
+        del file["blake3"]
+        file["of_a_later_version"] = "?"
+    assert _commit_of(store, "key", json.dumps(value).encode()) == commit
+
+
+@pytest.mark.parametrize("with_blake3", [True, False])
+@pytest.mark.parametrize("damage", [b"", b"row", b"rowz", b"rows and more"])
+def test_a_damaged_data_file_is_never_handed_out(
+    damage: bytes, with_blake3: bool, store: ObjectStore, tmp_path: Path
+) -> None:
+    (tmp_path / "x").write_bytes(b"rows")
+    file = put_data_file(store, tmp_path / "x", shard_id="s", content="parquet", num_rows=1)
+    file = file if with_blake3 else dataclasses.replace(file, blake3=None)
     store.delete(file.key)
     store.put_if_absent(file.key, damage)
     with pytest.raises(DamagedObjectError, match=f"its commit states 4 bytes with SHA-256 {file.sha256}"):
