@@ -17,6 +17,7 @@ import torch
 
 from pipeline.columns import ColumnSet
 from pipeline.errors import DamagedObjectError
+from pipeline.handover import empty
 from pipeline.records import ModelFacts
 from pipeline.stored import StoredRows
 
@@ -79,7 +80,7 @@ class BatchRecipe:
         latents = [group.latents[index] for group, index in rows]
         means = self._means(rows, latents, shard_ids)
         if self.first_frame:
-            batch["first_latent"] = self._scaled(means[:, :, 0].clone())
+            batch["first_latent"] = self._scaled(_given_out(means[:, :, 0]))
         if self.sample_posterior:
             for mean, latent, sample in zip(means, latents, samples, strict=True):
                 mean += _noise(latent[len(latent) // 2 :], self._digest(sample, epoch))
@@ -97,7 +98,7 @@ class BatchRecipe:
             batch["caption_embedding"], batch["caption_mask"] = _padded(found)
         if self.image is not None:
             images = [self.image.image(shard, key, clip_index) for shard, clip_index, key in samples]
-            batch["image_embedding"] = torch.from_numpy(np.stack(images).astype(np.float32))
+            batch["image_embedding"] = _given_out(torch.from_numpy(np.stack(images)))
         return batch
 
     def _means(
@@ -111,7 +112,7 @@ class BatchRecipe:
             for latent, (group, index) in zip(latents, rows, strict=True)
         ]
         # Torch widens half floats several times as fast as numpy.
-        return torch.from_numpy(np.concatenate(means)).float().view(len(means), *means[0].shape)
+        return _given_out(torch.from_numpy(np.concatenate(means)).view(len(means), *means[0].shape))
 
     def _scaled(self, latents: torch.Tensor) -> torch.Tensor:
         # A shift of 0, as most image VAEs have it, would be a pass over the batch for nothing.
@@ -131,6 +132,11 @@ class BatchRecipe:
         return hashlib.sha256(f"{self.seed}/{epoch}/{shard_id}/{clip_index}/{key}".encode()).digest()
 
 
+def _given_out(values: torch.Tensor) -> torch.Tensor:
+    """A copy in float32, where the training process finds it."""
+    return empty(values.shape, torch.float32).copy_(values)
+
+
 def _noise(logvar: npt.NDArray[np.floating], digest: bytes) -> torch.Tensor:
     """A draw of a posterior less its mean."""
     seed = int.from_bytes(digest[:8], "big") >> 1
@@ -142,8 +148,8 @@ def _noise(logvar: npt.NDArray[np.floating], digest: bytes) -> torch.Tensor:
 def _padded(embeddings: Sequence[Any]) -> tuple[torch.Tensor, torch.Tensor]:
     """Embeddings `(L, D)` with zeros behind each, `(B, longest L, D)` float32, and where they are, `(B, longest L)`."""
     longest = max(len(embedding) for embedding in embeddings)
-    padded = torch.zeros(len(embeddings), longest, embeddings[0].shape[-1])
-    mask = torch.zeros(len(embeddings), longest, dtype=torch.bool)
+    padded = empty((len(embeddings), longest, embeddings[0].shape[-1]), torch.float32).zero_()
+    mask = empty((len(embeddings), longest), torch.bool).zero_()
     for row, embedding in enumerate(embeddings):
         padded[row, : len(embedding)] = torch.from_numpy(embedding.astype(np.float32))
         mask[row, : len(embedding)] = True
