@@ -4,7 +4,7 @@ Not where the order is decided (`epoch`), nor which shards count (`commit`), nor
 Training code imports `LatentDataset` from `pipeline`; `cli` draws previews with it. Needs neither Ray nor a video
 decoder.
 
-Only files that a commit names are read, never a listing of `data/`, and size and SHA-256 of a file are checked when a
+Only files that a commit names are read, never a listing of `data/`, and size and digest of a file are checked when a
 process first opens it. Files of a local folder are mapped where they are; those of a remote store are kept in a cache
 folder that all processes of a machine share.
 """
@@ -95,9 +95,12 @@ class LatentDataset(IterableDataset[dict[str, Any]]):
     where a loaded state says until another epoch is set. Under torchdata's StatefulDataLoader the loader keeps the
     state, for the same number of workers and ranks; "cursor" fits any number.
 
-    Files are fetched and checked in the background before their rows are due. In memory are decoded rows of about twice
+    Files are fetched and checked in the background before their rows are due. At hand are rows of about twice
     `window_bytes` (or eight row groups of 16 MiB, if that is more), for all workers of a rank together (1, 2 or 4;
-    others hold as much each); in the background up to `window_bytes` of files are on their way to the cache.
+    others hold as much each). Latents of Parquet files stay in mapped pages, which the kernel may take back; those of
+    tars and of outputs with compressed latents are in memory. In the background up to `window_bytes` of files are on
+    their way to the cache. Each worker keeps shared memory for the batches that are on their way or still held, which
+    later ones use again.
 
     Args:
         uri: a local folder or s3://bucket/prefix.
@@ -131,7 +134,7 @@ class LatentDataset(IterableDataset[dict[str, Any]]):
 
     Raises:
         UsageError: an argument is wrong, there is no dataset at `uri`, it holds no rows, or a column set lacks some.
-        DamagedObjectError: while iterating, a file does not have the size or SHA-256 that its commit states.
+        DamagedObjectError: while iterating, a file does not have the bytes that its commit states.
         StorageNotFoundError: while iterating, a committed file is not there.
     """
 
@@ -408,7 +411,7 @@ class LatentDataset(IterableDataset[dict[str, Any]]):
             num_samples: about as many rows are read, of files in random order; None: all.
 
         Raises:
-            DamagedObjectError: a file does not have the size or SHA-256 that its commit states.
+            DamagedObjectError: a file does not have the bytes that its commit states.
         """
         plan, reader = self._contents, self._new_reader(1)
         num_read = num_values = 0

@@ -3,8 +3,8 @@
 Not where rows are chosen (`epoch`, `selection`) or become batches (`batches`). `dataset` asks for rows and says which
 files it will want next; threads fetch and check those, so that a training loop waits for the first file only.
 
-What a process holds: open files (mapped, so that their pages are the kernel's), and decoded row groups up to a limit in
-bytes, the least recently used dropped first.
+What a process holds: open files (mapped, so that their pages are the kernel's), and row groups up to a limit in bytes,
+the least recently used dropped first; latents that lie in mapped files as they are count, and take no memory.
 """
 
 from __future__ import annotations

@@ -9,7 +9,9 @@ model "small" (float16; 4 of its 32 channels, as Stable Diffusion has them: 40 K
 its bytes shows), multiplied as in bench_layout. Latentmill reads its Parquet with windows of 32 MiB and checks every
 SHA-256 in the first epoch; WebDataset reads Latentmill's tars through a shuffle buffer of 1,000; LitData reads its own
 chunks of 64 MB, written by its own writer, and checks nothing. From the object store each begins with an empty cache;
-WebDataset has none. "Large files" are the same latents in two shards, each several windows long.
+WebDataset has none. "Large files" are the same latents in two shards, each several windows long. The part "long", which
+has to be asked for, is without WebDataset: --long-shards shards, so that what an epoch costs once shows less (192: two
+folders of 2 GB).
 
 For all of them the clock of the first epoch starts before the dataset is opened, and that of the later two when the
 first is over; waiting for a first batch and starting workers count. Every measurement is a process of its own; the
@@ -46,15 +48,18 @@ NUM_EPOCHS = 3
 READERS = ("latentmill", "webdataset", "litdata")
 SCALE, SHIFT = 0.5, 0.25
 BUCKET = "latents"
+# More of them than this are the same again, so that they fit in memory while they are written.
+_NUM_MADE = 6144
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--litdata-python", help="interpreter of an environment with litdata")
     parser.add_argument("--shards", type=int, default=24, help="shards of 256 rows, 10 MB each")
+    parser.add_argument("--long-shards", type=int, default=192, help="of the part `long`")
     parser.add_argument("--keep", help="a folder for the latents, used again where they are there already")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--parts", default="rates,fly,first,plan", help="which tables, comma-separated")
+    parser.add_argument("--parts", default="rates,fly,first,plan", help="which tables, comma-separated (and long)")
     add_results_option(parser)
     parser.add_argument("--child", help="internal: one measurement, as JSON")
     arguments = parser.parse_args()
@@ -128,6 +133,28 @@ def rates(arguments: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any
             yield from _rows_of_table(f"{where}, {workers or 'no'} workers", runs)
 
 
+def long_epochs(arguments: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:
+    if not arguments.litdata_python:
+        raise SystemExit("the part `long` compares with LitData; give --litdata-python")
+    folder = Path(arguments.keep or folder) / "long"
+    num_rows = arguments.long_shards * 256
+    if not (folder / "latents").exists():
+        write_latents(str(folder / "latents"), arguments.long_shards, 256, "parquet")
+    if not (folder / "lit").exists():
+        paths = {"source": str(folder / "latents"), "to": str(folder / "lit")}
+        measured(arguments.litdata_python, what="write_litdata", **paths)
+    for workers in (0, 2):
+        runs: dict[str, list[dict[str, Any]]] = {"latentmill": [], "litdata": []}
+        for turn in range(arguments.rounds + 1):
+            for name, some in runs.items():
+                python = arguments.litdata_python if name == "litdata" else sys.executable
+                task = {"root": str(folder), "data": "latents", "workers": workers, "cache": str(folder / "cache")}
+                run = measured(python, what=name, watch=turn == arguments.rounds, **task)
+                assert run["num_samples"] == NUM_EPOCHS * num_rows, f"{name} gave {run['num_samples']}"
+                some.append(run)
+        yield from _rows_of_table(f"disk, {workers or 'no'} workers, {num_rows:,} latents", runs)
+
+
 def _rows_of_table(what: str, runs: dict[str, list[dict[str, Any]]]) -> Iterator[dict[str, Any]]:
     """The first epoch and the later ones; `runs` are those of each reader, the last of them for its memory."""
     for epochs in ("first", "later"):
@@ -161,9 +188,9 @@ def write_latents(root: str, num_shards: int, rows: int, output_format: str) -> 
 
     store = open_store(root)
     about = open_dataset(store, manifest())
-    latents = multiply([latent[:4] for latent in real_latents()], num_shards * rows)
+    latents = multiply([latent[:4] for latent in real_latents()], min(num_shards * rows, _NUM_MADE))
     for number in range(num_shards):
-        records = [_record(f"{number:05d}{row:05d}", latents[number * rows + row]) for row in range(rows)]
+        records = [_record(f"{number:05d}{row:05d}", latents[(number * rows + row) % _NUM_MADE]) for row in range(rows)]
         commit_records(store, about, f"s{number:05d}", records, output_format=output_format)
     publish_snapshot(store)
     return num_shards * rows
@@ -496,6 +523,7 @@ def open_and_plan(task: dict[str, Any]) -> dict[str, Any]:
 
 PARTS: dict[str, Callable[[argparse.Namespace, Path], Iterator[Any]]] = {
     "rates": rates,
+    "long": long_epochs,
     "fly": on_the_fly,
     "first": first_batches,
     "plan": plans,
