@@ -28,11 +28,11 @@ from pipeline.columns import (
     write_image_file,
     write_text_file,
 )
-from pipeline.commit import DecidedShard, decided_shards, known_commits, name_of, publish_snapshot
+from pipeline.commit import DecidedShard, name_of, parse_record_name, publish_snapshot, read_shard
 from pipeline.config import ImageEncoderConfig, TextEncoderConfig
 from pipeline.format import WrittenFile
 from pipeline.records import Clip, ClipFailure, FileStat
-from pipeline.redo import mark_done, ordered_repairs
+from pipeline.redo import mark_done, ordered_repairs, repair_orders
 from pipeline.storage import ObjectStore, sha256_of_file
 from pipeline.store import Steps
 from pipeline.stored import open_records
@@ -251,16 +251,22 @@ def publish_sets(output: ObjectStore, names: Iterable[str]) -> None:
         publish_snapshot(columns_store(output, name))
 
 
+def shards_in_repair(output: ObjectStore, names: Iterable[str]) -> set[str]:
+    """Ids of the shards of which a record in one of these sets was ordered to be repaired."""
+    return {parse_record_name(record)[0] for name in names for record in repair_orders(columns_store(output, name))}
+
+
 def records_of_ordered_repairs(
     output: ObjectStore, shards: Mapping[str, DecidedShard], name: str
 ) -> dict[str, str | None]:
     """Records of a set whose repair is ordered -> the record of the output that they are about, None if it is no more.
 
     Args:
-        shards: the decided ones of the output, by id.
+        shards: of the output, by id, at least those that `shards_in_repair` names.
     """
     store = columns_store(output, name)
-    own = {shard.shard_id: shard for shard in decided_shards(known_commits(store))}
+    in_repair = (read_shard(store, shard_id) for shard_id in shards_in_repair(output, [name]))
+    own = {shard.shard_id: shard for shard in in_repair if shard is not None}
     ordered = set(ordered_repairs(store, own))
     found: dict[str, str | None] = {}
     for record in (commit for shard in own.values() for commit in shard.commits if name_of(commit) in ordered):

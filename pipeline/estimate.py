@@ -16,7 +16,7 @@ import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,15 +26,15 @@ import torch
 
 from pipeline.calibration import Calibration, EmbeddingFacts, EncoderFacts
 from pipeline.codec import batch_size
-from pipeline.commit import latest_snapshot, refuse_differences
+from pipeline.commit import latest_contents, refuse_differences
 from pipeline.config import JobConfig
 from pipeline.look import Look, look_at
+from pipeline.packed import Packed
 from pipeline.plan import UnwrittenSlices, infer_passthrough
 from pipeline.progress import duration_text, size_text
 from pipeline.records import (
     REASONS,
     Bucket,
-    Commit,
     DatasetManifest,
     ShardSpec,
 )
@@ -198,7 +198,8 @@ def estimate(
     todo: Sequence[ShardSpec],
     store: ObjectStore,
     stored: DatasetManifest | None,
-    commits: Sequence[Commit],
+    decided: Container[str],
+    num_records: int,
     unwritten: UnwrittenSlices,
     *,
     snapshot_every: int,
@@ -210,7 +211,8 @@ def estimate(
         planned: all shards of the input.
         todo: those that the run would encode.
         stored: the description of the output, if it has one.
-        commits: records that stand in the output and count.
+        decided: ids of the shards that are.
+        num_records: commit records that stand in the output.
         unwritten: slices among the planned that stand nowhere.
         snapshot_every, snapshot_growth: as in `traffic.Work`.
 
@@ -222,22 +224,20 @@ def estimate(
     """
     started = time.monotonic()
     crew = _crew_of(config, len(todo))
-    latest = latest_snapshot(store)
-    slices = [spec for spec in planned if spec.kind == "slice"]
+    latest = latest_contents(store)
     work = Work(
         num_shards=len(todo),
-        num_records=len(commits),
-        num_published=None if latest is None else len(latest.commits),
+        num_records=num_records,
+        num_published=None if latest is None else latest.num_commits,
         is_begun=stored is not None,
         num_files=0,
         num_sets=len(config.column_sets),
-        num_plans=len({spec.source_uri.partition("#slice=")[0] for spec in slices}),
+        num_plans=len({spec.source_uri.partition("#slice=")[0] for spec in planned if spec.kind == "slice"}),
         num_new_slices=len(unwritten.keys),
         num_input_files=sum(spec.num_videos or 1 for spec in planned),
         snapshot_every=snapshot_every,
         snapshot_growth=snapshot_growth,
     )
-    decided = {commit.shard_id for commit in commits}
     found = replace(
         _see(config, crew, planned, todo, store, stored, unwritten, work, started) if todo else _nothing_to_do(crew),
         num_shards_done_before=sum(spec.shard_id in decided for spec in planned),
@@ -324,11 +324,11 @@ def _nothing_to_do(crew: _Crew) -> Estimate:
     )
 
 
-def _seeable(todo: Sequence[ShardSpec], unwritten: UnwrittenSlices) -> list[ShardSpec]:
+def _seeable(todo: Sequence[ShardSpec], unwritten: UnwrittenSlices) -> Sequence[ShardSpec]:
     """The shards that can be looked at, whole ones rather than retries. Of slices that stand nowhere some are kept."""
     lost = set(unwritten.keys) - unwritten.kept.keys()
-    seeable = [spec for spec in todo if spec.plan_key not in lost]
-    return [spec for spec in seeable if spec.redo is None or spec.redo.keys is None] or seeable
+    seeable = Packed(spec for spec in todo if spec.plan_key not in lost)
+    return Packed(spec for spec in seeable if spec.redo is None or spec.redo.keys is None) or seeable
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

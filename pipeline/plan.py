@@ -32,11 +32,13 @@ import posixpath
 import random
 import re
 from abc import ABC, abstractmethod
+from bisect import bisect_right
 from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, BinaryIO
 from urllib.parse import unquote, urlsplit
 
@@ -70,6 +72,7 @@ from pipeline.inputs import (
     tar_suffix,
     version_of,
 )
+from pipeline.packed import Names, Packed
 from pipeline.records import Commit, ShardSpec
 from pipeline.storage import InputFile, ObjectStore, list_inputs, open_input, web_is_allowed
 
@@ -86,6 +89,7 @@ _COSTS = {"video": 1000, "image": 64}
 _CSV_BLOCK_BYTES = 64 << 20  # a row, with its caption, must fit
 _LONGEST_KEY_BYTES = 1024  # of S3, Google and Azure alike
 _NUM_UPLOADS = 16
+_LOOKUP_FILES = 256
 _NUM_KEPT_SLICES = 32
 _NUM_FIRST_SLICES = 8
 _LOOK_SAMPLES = 32
@@ -127,8 +131,8 @@ class UnwrittenSlices:
 
 def plan_shards(
     source: SourceConfig, store: ObjectStore, *, write: bool = True, unwritten: UnwrittenSlices | None = None
-) -> list[ShardSpec]:
-    """The shards of an input, sorted by source URI and number: the same list for the same input and output.
+) -> Packed[ShardSpec]:
+    """The shards of an input, sorted by source URI and number: the same for the same input and output, 39 bytes each.
 
     Args:
         source: what to read and how finely to cut it.
@@ -143,11 +147,11 @@ def plan_shards(
         StorageError: the input could not be read or the output not written.
     """
     found = _classify(source.input, list_inputs(source.input), store.root_uri)
-    specs = [_tar_spec(tar) for tar in found.tars]
+    specs = Packed(_tar_spec(tar) for tar in found.tars)
     for table in found.tables:
-        specs += _TablePlan(source, store, table).specs(write, unwritten)
+        specs.extend(_TablePlan(source, store, table).specs(write, unwritten))
     if found.media:
-        specs += _FolderPlan(source, store, found).specs(write, unwritten)
+        specs.extend(_FolderPlan(source, store, found).specs(write, unwritten))
     if not specs:
         raise UsageError(f"--input: {source.input} has no rows, so there is nothing to encode")
     _refuse_equal_ids(specs)
@@ -176,7 +180,7 @@ def changed_inputs(specs: Iterable[ShardSpec], shards: Mapping[str, DecidedShard
 
     Args:
         specs: as `plan_shards` gave them now.
-        shards: the decided ones by id.
+        shards: the decided ones by id, at least those that may have changed.
     """
     changes: list[InputChange] = []
     for spec in specs:
@@ -275,31 +279,61 @@ class _Found:
     tars: Sequence[InputFile]
     tables: Sequence[InputFile]
     media: Sequence[InputFile]
-    sidecars: Mapping[str, InputFile]  # by URI
+    sidecars: _ByUri  # captions and metadata beside media
 
 
-def _classify(asked: str, files: Iterable[InputFile], output: str) -> _Found:
+class _ByUri:
+    """Sorted files by URI; looking them up in about their order is cheap."""
+
+    def __init__(self, files: Sequence[InputFile]) -> None:
+        self._files = files
+        self._firsts = [file.uri for file in files[::_LOOKUP_FILES]]
+        self._open: tuple[int, Mapping[str, InputFile]] = (-1, {})  # the files behind the first one that was asked last
+
+    def get(self, uri: str) -> InputFile | None:
+        """The file with this URI, or None."""
+        number = bisect_right(self._firsts, uri) - 1
+        if number != self._open[0]:
+            files = self._files[max(0, number) * _LOOKUP_FILES : (number + 1) * _LOOKUP_FILES]
+            self._open = number, {file.uri: file for file in files}
+        return self._open[1].get(uri)
+
+
+def _classify(asked: str, files: Sequence[InputFile], output: str) -> _Found:
     source = _absolute(asked)
     root = _root(source, files)
-    inputs = sorted((f for f in files if _is_visible(f.uri, root, output)), key=lambda f: f.uri)
-    tars = [f for f in inputs if tar_suffix(f.uri)]
-    media = [f for f in inputs if extension_of(f.uri) in MEDIA_KINDS]
+    tars, tables, media, texts = (Packed[InputFile]() for _ in range(4))
     # img2dataset and video2dataset leave 00000.parquet beside 00000.tar, or beside the folder 00000.
-    described = {_without_tar_suffix(f.uri) for f in tars} | {posixpath.dirname(f.uri) for f in media}
-    tables = [f for f in inputs if extension_of(f.uri) in _TABLES and posixpath.splitext(f.uri)[0] not in described]
+    described = Names()
+    seen: list[str] = []
+    for file in files:
+        if not _is_visible(file.uri, root, output):
+            continue
+        extension = extension_of(file.uri)
+        seen += [file.uri] * (len(seen) < 3)
+        if tar_suffix(file.uri):
+            tars.append(file)
+            described.add(_without_tar_suffix(file.uri))
+        elif extension in MEDIA_KINDS:
+            media.append(file)
+            described.add(posixpath.dirname(file.uri))
+        elif extension in _TABLES:
+            tables.append(file)
+        elif extension in ("txt", "json"):
+            texts.append(file)
+    tables = Packed(f for f in tables if posixpath.splitext(f.uri)[0] not in described)
     present = {"tars": tars, "tables": tables, "videos or images": media}
     present = {name: listed for name, listed in present.items() if listed}
     if len(present) > 1:
         examples = "; ".join(f"{len(listed)} {name}, for example {listed[0].uri}" for name, listed in present.items())
         raise UsageError(f"--input: {asked} holds {examples}; give one kind, for example with a glob such as '*.tar'")
     if not present:
-        examples = ", ".join(f.uri for f in inputs[:3]) or "nothing that is visible and not the output itself"
+        examples = ", ".join(seen) or "nothing that is visible and not the output itself"
         raise UsageError(
             f"--input: {asked} holds {examples}, and no tar ({', '.join(COMPRESSIONS)}), table "
             f"(.{', .'.join(_TABLES)}), video or image (.{', .'.join(MEDIA_KINDS)})"
         )
-    sidecars = {f.uri: f for f in inputs if extension_of(f.uri) in ("txt", "json")}
-    return _Found(source=source, root=root, tars=tars, tables=tables, media=media, sidecars=sidecars)
+    return _Found(source=source, root=root, tars=tars, tables=tables, media=media, sidecars=_ByUri(texts))
 
 
 def _absolute(uri: str) -> str:
@@ -308,8 +342,8 @@ def _absolute(uri: str) -> str:
     return uri.rstrip("/") if "://" in uri else posixpath.abspath(uri)
 
 
-def _root(source: str, files: Iterable[InputFile]) -> str:
-    if [f.uri for f in files] == [source]:
+def _root(source: str, files: Sequence[InputFile]) -> str:
+    if [f.uri for f in files[:2]] == [source]:
         root = posixpath.dirname(source)
     else:
         # Of a glob, the part before the first folder with a wildcard.
@@ -345,14 +379,15 @@ def _tar_spec(tar: InputFile) -> ShardSpec:
     )
 
 
-def _refuse_equal_ids(specs: Sequence[ShardSpec]) -> None:
+def _refuse_equal_ids(specs: Iterable[ShardSpec]) -> None:
+    seen = Names()
+    repeated = {spec.shard_id for spec in specs if not seen.add(spec.shard_id)}
     by_id: dict[str, str] = {}
-    for spec in specs:
-        other = by_id.setdefault(spec.shard_id, spec.source_uri)
-        if other != spec.source_uri:
+    for spec in specs if repeated else ():
+        if spec.shard_id in repeated and by_id.setdefault(spec.shard_id, spec.source_uri) != spec.source_uri:
             raise UsageError(
-                f"--input: {other} and {spec.source_uri} lead to the same shard id {spec.shard_id}, so one would be "
-                "taken for the other; rename one of them"
+                f"--input: {by_id[spec.shard_id]} and {spec.source_uri} lead to the same shard id {spec.shard_id}, so "
+                "one would be taken for the other; rename one of them"
             )
 
 
@@ -396,11 +431,11 @@ class _SlicePlan(ABC):
         """By number of the slice: the files that are not as planned any more, with their version of now."""
         return {}
 
-    def specs(self, write: bool, unwritten: UnwrittenSlices | None = None) -> list[ShardSpec]:
+    def specs(self, write: bool, unwritten: UnwrittenSlices | None = None) -> Iterator[ShardSpec]:
         """The slices of all rounds, a new one included."""
         while True:
             rounds = self._rounds()
-            slices = [(s["key"], s["num_videos"]) for r in rounds for s in r["slices"]]
+            slices = Packed((s["key"], s["num_videos"]) for r in rounds for s in r["slices"])
             covered: dict[str, object] = {}
             new_slices = self._write_slices(self._new_entries(rounds, covered), len(slices), write, unwritten)
             if new_slices and write:
@@ -408,17 +443,17 @@ class _SlicePlan(ABC):
                     "version": 1,
                     "source": self._source_uri,
                     "covered": covered,
-                    "slices": [{"key": key, "num_videos": num_videos} for key, num_videos in new_slices],
+                    "slices": Packed({"key": key, "num_videos": num_videos} for key, num_videos in new_slices),
                 }
-                data = json.dumps(document, sort_keys=True, separators=(",", ":")).encode()
+                data = _json_bytes(document)
                 if create_once(self._store, f"{self._folder}/round-{len(rounds):06d}.json", data) != data:
                     # Another driver's round stands here; ours goes behind it, if anything is left to cut.
                     continue
             changed = self._changed(rounds)
-            return [
+            return (
                 _slice_spec(self._source_uri, number, *entry, changed.get(number))
-                for number, entry in enumerate([*slices, *new_slices])
-            ]
+                for number, entry in enumerate(chain(slices, new_slices))
+            )
 
     def _rounds(self) -> list[dict[str, Any]]:
         keys = [info.key for info in self._store.list(f"{self._folder}/round-")]
@@ -433,8 +468,8 @@ class _SlicePlan(ABC):
 
     def _write_slices(
         self, entries: Iterator[SliceEntry], first: int, write: bool, unwritten: UnwrittenSlices | None
-    ) -> list[tuple[str, int]]:
-        written: list[tuple[str, int]] = []
+    ) -> Packed[tuple[str, int]]:
+        written = Packed[tuple[str, int]]()
         uploads: deque[Future[bytes]] = deque()
         with ThreadPoolExecutor(_NUM_UPLOADS) as pool:
             for number, batch in enumerate(_batches(entries, self._source.samples_per_shard), first):
@@ -451,6 +486,31 @@ class _SlicePlan(ABC):
             for upload in uploads:
                 upload.result()
         return written
+
+
+def _json_bytes(value: object) -> bytes:
+    """Canonical JSON, of packed lists piece by piece: a round names all files of a folder."""
+    text = io.BytesIO()
+    for piece in _json_pieces(value):
+        text.write(piece.encode())
+    return text.getvalue()
+
+
+def _json_pieces(value: object) -> Iterator[str]:
+    if isinstance(value, dict):
+        for number, name in enumerate(sorted(value)):
+            yield f"{',' if number else '{'}{_JSON.encode(name)}:"
+            yield from _json_pieces(value[name])
+        yield "}" if value else "{}"
+    elif isinstance(value, Packed):
+        for number, item in enumerate(value):
+            yield f"{',' if number else '['}{_JSON.encode(item)}"
+        yield "]" if value else "[]"
+    else:
+        yield _JSON.encode(value)
+
+
+_JSON = json.JSONEncoder(sort_keys=True, separators=(",", ":"))
 
 
 def _batches(entries: Iterable[SliceEntry], samples_per_shard: int | None) -> Iterator[list[SliceEntry]]:
@@ -476,62 +536,74 @@ class _FolderPlan(_SlicePlan):
         self._found = found
 
     def _changed(self, rounds: Sequence[Mapping[str, Any]]) -> Mapping[int, Mapping[str, str]]:
-        present = {f.uri.removeprefix(f"{self._found.root}/"): f for f in self._found.media}
+        media = _ByUri(self._found.media)
         changed: dict[int, dict[str, str]] = defaultdict(dict)
         first = 0
         for r in rounds:
             # Entries were cut into slices in the order in which the round names them.
-            numbers = [n for n, cut in enumerate(r["slices"], first) for _ in range(cut["num_videos"])]
+            numbers = (n for n, cut in enumerate(r["slices"], first) for _ in range(cut["num_videos"]))
             first += len(r["slices"])
             planned = r["covered"].get("versions", [])
             for number, path, version in zip(numbers, r["covered"]["files"], planned, strict=False):
                 # A file that is gone has not changed: people clear their inputs behind a run.
-                if path in present and (now := self._version(present[path])) != version:
-                    changed[number][present[path].uri] = now
+                file = media.get(f"{self._found.root}/{path}")
+                if file is not None and (now := self._version(file)) != version:
+                    changed[number][file.uri] = now
         return changed
 
     def _version(self, media: InputFile) -> str:
-        beside = posixpath.splitext(media.uri)[0]
-        return version_of(media, *(self._found.sidecars.get(f"{beside}.{extension}") for extension in ("txt", "json")))
+        return version_of(media, *(self._beside(media, extension) for extension in ("txt", "json")))
+
+    def _beside(self, media: InputFile, extension: str) -> InputFile | None:
+        return self._found.sidecars.get(f"{posixpath.splitext(media.uri)[0]}.{extension}")
+
+    def _path(self, file: InputFile) -> str:
+        return file.uri.removeprefix(f"{self._found.root}/")
 
     def _new_entries(self, rounds: Sequence[Mapping[str, Any]], covered: dict[str, object]) -> Iterator[SliceEntry]:
-        known = {path for r in rounds for path in r["covered"]["files"]}
-        files = {f.uri.removeprefix(f"{self._found.root}/"): f for f in self._found.media}
-        new_paths: list[str] = []
-        versions: list[str] = []
+        known = Names(path for r in rounds for path in r["covered"]["files"])
+        new_paths, versions = Packed[str](), Packed[str]()
         covered["files"], covered["versions"] = new_paths, versions
-        samples = list(self._samples())
         # Files that share a stem are told apart by their extensions; a.mp4.webm must not take the key of a.mp4 then.
-        taken = {path for _, paths in samples if len(paths) > 1 for path in paths}
-        for stem, paths in samples:
-            for path in paths:
+        taken = Names(self._path(file) for _, files in self._samples() if len(files) > 1 for file in files)
+        for stem, files in self._samples():
+            for file in files:
+                path = self._path(file)
                 if path not in known:
+                    version = self._version(file)
                     new_paths.append(path)
-                    versions.append(self._version(files[path]))
-                    key = stem if len(paths) == 1 and stem not in taken else path
-                    yield self._entry(path, key, stem, versions[-1])
+                    versions.append(version)
+                    yield self._entry(file, stem if len(files) == 1 and stem not in taken else path, version)
 
-    def _samples(self) -> Iterator[tuple[str, list[str]]]:
-        by_stem: dict[str, list[str]] = {}
+    def _samples(self) -> Iterator[tuple[str, list[InputFile]]]:
+        """The files of each stem, in the order of the first of them; a stem is a path without its extension."""
+        waiting: dict[str, list[InputFile]] = {}
         for file in self._found.media:
-            path = file.uri.removeprefix(f"{self._found.root}/")
-            by_stem.setdefault(posixpath.splitext(path)[0], []).append(path)
-        for stem, paths in by_stem.items():
-            # A picture beside a video of the same name is its poster.
-            videos = [path for path in paths if MEDIA_KINDS[extension_of(path)] == "video"]
-            yield stem, videos or paths
+            path = self._path(file)
+            # Files that begin alike stand together, so that no further one of the stem comes from here on.
+            while waiting and not path.startswith(f"{(first := next(iter(waiting)))}."):
+                yield first, _without_posters(waiting.pop(first))
+            waiting.setdefault(posixpath.splitext(path)[0], []).append(file)
+        for stem, files in waiting.items():
+            yield stem, _without_posters(files)
 
-    def _entry(self, path: str, key: str, stem: str, version: str) -> SliceEntry:
+    def _entry(self, file: InputFile, key: str, version: str) -> SliceEntry:
         problem = key_problem(key)
-        beside = f"{self._found.root}/{stem}"
+        text, metadata = self._beside(file, "txt"), self._beside(file, "json")
         return SliceEntry(
             key=key,
-            uri=f"{self._found.root}/{path}",
-            txt_uri=f"{beside}.txt" if f"{beside}.txt" in self._found.sidecars else None,
-            json_uri=f"{beside}.json" if f"{beside}.json" in self._found.sidecars else None,
-            problem=("bad_member", f"the name {path!r} is not allowed: {problem}") if problem else None,
+            uri=file.uri,
+            txt_uri=None if text is None else text.uri,
+            json_uri=None if metadata is None else metadata.uri,
+            problem=("bad_member", f"the name {self._path(file)!r} is not allowed: {problem}") if problem else None,
             version=version,
         )
+
+
+def _without_posters(files: list[InputFile]) -> list[InputFile]:
+    # A picture beside a video of the same name is its poster.
+    videos = [file for file in files if MEDIA_KINDS[extension_of(file.uri)] == "video"]
+    return videos or files
 
 
 class _TablePlan(_SlicePlan):

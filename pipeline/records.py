@@ -333,13 +333,19 @@ class ShardCounts:
 COUNTED = tuple(field.name for field in fields(ShardCounts) if field.name != "reasons")
 
 
-def sum_counts(all_counts: Iterable[ShardCounts]) -> ShardCounts:
-    """The accounts of several shards together, reasons sorted by name."""
+def sum_counts(all_counts: Iterable[ShardCounts], less: Iterable[ShardCounts] = ()) -> ShardCounts:
+    """The accounts of several shards together, reasons sorted by name.
+
+    Args:
+        less: accounts to take off again.
+    """
     totals: Counter[str] = Counter()
     reasons: Counter[str] = Counter()
-    for counts in all_counts:
-        totals.update({name: getattr(counts, name) for name in COUNTED})
-        reasons.update(counts.reasons)
+    for sign, some in ((1, all_counts), (-1, less)):
+        for counts in some:
+            totals.update({name: sign * getattr(counts, name) for name in COUNTED})
+            reasons.update({reason: sign * number for reason, number in counts.reasons.items()})
+    reasons = +reasons
     return ShardCounts(**{name: totals[name] for name in COUNTED}, reasons=dict(sorted(reasons.items())))
 
 

@@ -83,7 +83,7 @@ def retries(
 
     Args:
         specs: as planned.
-        shards: the decided ones by id.
+        shards: the decided ones by id, at least those with such rejections.
         max_attempts: at one video, the first included.
         changed: shard id -> its inputs that changed since they were encoded.
         cache: for the files that must be read.
@@ -154,10 +154,19 @@ def order_repair(store: ObjectStore, record: str, why: Sequence[str]) -> bool:
     return True
 
 
+def repair_orders(store: ObjectStore) -> list[str]:
+    """Names of the records that were ordered to be repaired and were not put back, sorted; some may count no more."""
+    return sorted(record for record, last in _last_orders(store).items() if not last.is_done)
+
+
 def ordered_repairs(store: ObjectStore, shards: Mapping[str, DecidedShard]) -> list[str]:
-    """Names of the records that are to be repaired and still count, sorted."""
+    """Names of the records that are to be repaired and still count, sorted.
+
+    Args:
+        shards: by id, at least those that `repair_orders` speaks of.
+    """
     counting = {name_of(commit) for shard in shards.values() for commit in shard.commits}
-    return sorted(record for record, last in _last_orders(store).items() if record in counting and not last.is_done)
+    return [record for record in repair_orders(store) if record in counting]
 
 
 def repairs(

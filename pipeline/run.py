@@ -17,11 +17,12 @@ import signal
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from heapq import nsmallest
 from ipaddress import ip_address
-from itertools import islice
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -42,16 +43,20 @@ from pipeline import sandbox
 from pipeline.actors import Beat, EncodeActor, ShardReport, WorkerFacts, wanted_of_workers
 from pipeline.columns import refuse_unknown_columns
 from pipeline.commit import (
+    Accounts,
     DecidedShard,
+    KnownCommits,
+    accounts,
     check_store,
-    committed_ids,
-    counts_of_shards,
     decided_shards,
     fingerprint_of,
-    known_commits,
+    load_commits,
+    name_of,
     open_dataset,
+    parse_record_name,
     publish_snapshot,
     read_manifest,
+    record_names,
     refuse_differences,
     snapshot_commits,
 )
@@ -62,17 +67,19 @@ from pipeline.conditions import (
     open_sets,
     publish_sets,
     records_of_ordered_repairs,
+    shards_in_repair,
 )
 from pipeline.config import CPU_ENVIRONMENT, JobConfig
 from pipeline.decode import decoder_versions
 from pipeline.errors import ConfigMismatchError, LatentmillError, StorageError, UsageError
 from pipeline.format import FORMAT_VERSION
 from pipeline.metrics import RunMetrics
+from pipeline.packed import Names, Packed
 from pipeline.plan import InputChange, UnwrittenSlices, changed_inputs, infer_passthrough, plan_shards
 from pipeline.progress import Crew, Progress, RateMeter, Standing, counted
 from pipeline.quality import RunQuality
-from pipeline.records import DatasetManifest, ShardCounts, ShardSpec, sum_counts
-from pipeline.redo import Retries, ordered_repairs, repairs, retries
+from pipeline.records import Commit, DatasetManifest, ShardSpec
+from pipeline.redo import Retries, ordered_repairs, repair_orders, repairs, retries
 from pipeline.scratch import Scratch
 from pipeline.storage import ObjectStore, allow_web_inputs, open_store
 from pipeline.store import StoreErrors
@@ -208,47 +215,56 @@ def run(config: JobConfig, progress: Progress, metrics: RunMetrics) -> RunSummar
         _refuse_other_encoding(store, stored, config)
     unwritten = UnwrittenSlices()
     specs = plan_shards(config.source, store, write=not config.run.dry_run, unwritten=unwritten)
-    before = {shard.shard_id: shard for shard in decided_shards(known_commits(store))}
-    open_specs = [spec for spec in specs if spec.shard_id not in before]
-    again = _again(store, specs, before, config, progress)
-    todo = [*open_specs, *again.specs][: config.source.limit]
-    planned = [spec.shard_id for spec in specs if spec.shard_id in before]
-    planned += [spec.shard_id for spec in todo if spec.redo is None]
+    before = _before(store, specs, config)
+    again = _again(store, specs, before.shards, config, progress)
+    limit = len(specs) if config.source.limit is None else config.source.limit
+    todo, planned, num_before = Packed[ShardSpec](), Names(), 0
+    for spec in specs:
+        if spec.shard_id in before.decided:
+            num_before += 1
+        elif len(todo) < limit:
+            todo.append(spec)
+        else:
+            continue
+        planned.add(spec.shard_id)
+    todo.extend(again.specs[: None if config.source.limit is None else limit - len(todo)])
     ledger = _Ledger(planned, todo, again, started, config, metrics)
     progress.say(
         "plan",
-        f"{counted(len(specs), 'shard')} planned, {len(specs) - len(open_specs)} decided before, "
+        f"{counted(len(specs), 'shard')} planned, {num_before} decided before, "
         f"{len(todo)} to do in this run" + (f", of these {len(again.specs)} once more" if again.specs else ""),
     )
     if config.run.dry_run:
-        counts_before = {shard_id: shard.counts for shard_id, shard in before.items()}
-        summary = ledger.summary(EXIT_OK, counts_before, None, None)
+        summary = ledger.summary(EXIT_OK, ledger.accounts(KnownCommits(store).__iter__), None, None)
         if not config.run.dry_run_seconds:
             return summary
         from pipeline.estimate import estimate
         from pipeline.estimate_text import lines_of
 
-        found = estimate(
+        estimated = estimate(
             config,
             specs,
             todo,
             store,
             stored,
-            [commit for shard in before.values() for commit in shard.commits],
+            before.decided,
+            before.num_records,
             unwritten,
             snapshot_every=_SNAPSHOT_EVERY,
             snapshot_growth=_SNAPSHOT_GROWTH,
         )
-        progress.lines(lines_of(found))
-        return replace(summary, estimate=asdict(found))
-    # 2 kB a shard, which a run of days need not hold.
-    del before
+        progress.lines(lines_of(estimated))
+        return replace(summary, estimate=asdict(estimated))
+    # What a run of days need not hold; of the plan the first shard tells which columns there are.
+    first_spec = specs[:1]
+    del specs, before
     _give_memory_back()
     if not todo:
         if stored is not None:
             _refuse_other_model(store, stored, config)
         number = _publish(store, config)
-        return ledger.close(_counts_in(store, number), number, None if stored is None else stored.model.is_trained)
+        is_trained = None if stored is None else stored.model.is_trained
+        return ledger.close(ledger.accounts(partial(snapshot_commits, store, number)), number, is_trained)
     check_store(store, config.run.single_writer)
     with _interrupts() as interrupt, _ray(config, progress) as inherited:
         interrupt.install()  # ray.init puts a handler of its own in the place of ours
@@ -256,10 +272,10 @@ def run(config: JobConfig, progress: Progress, metrics: RunMetrics) -> RunSummar
         try:
             facts = pool.start(interrupt, _wanted(stored, config))
             if facts is None:
-                return ledger.summary(EXIT_INTERRUPTED, counts_of_shards(known_commits(store)), None, None)
+                return ledger.summary(EXIT_INTERRUPTED, ledger.accounts(KnownCommits(store).__iter__), None, None)
             ledger.sandbox = sandbox.in_words(facts.sandbox)
             progress.say("sandbox", f"decode children are kept in by: {ledger.sandbox}")
-            manifest = _open_output(store, stored, config, facts, specs)
+            manifest = _open_output(store, stored, config, facts, first_spec)
             if config.run.quality_share:
                 ledger.quality = RunQuality(manifest.model, metrics, progress)
             if not manifest.model.is_trained:
@@ -268,10 +284,10 @@ def run(config: JobConfig, progress: Progress, metrics: RunMetrics) -> RunSummar
         finally:
             pool.stop()
     number = _publish(store, config)
-    counts = _counts_in(store, number)
+    found = ledger.accounts(partial(snapshot_commits, store, number))
     if interrupt.is_set:
-        return ledger.summary(EXIT_INTERRUPTED, counts, number, manifest.model.is_trained)
-    return ledger.close(counts, number, manifest.model.is_trained)
+        return ledger.summary(EXIT_INTERRUPTED, found, number, manifest.model.is_trained)
+    return ledger.close(found, number, manifest.model.is_trained)
 
 
 def _publish(store: ObjectStore, config: JobConfig) -> int:
@@ -280,9 +296,52 @@ def _publish(store: ObjectStore, config: JobConfig) -> int:
     return publish_snapshot(store).number
 
 
-def _counts_in(store: ObjectStore, number: int) -> dict[str, ShardCounts]:
-    """The accounts of every shard of a snapshot."""
-    return counts_of_shards(snapshot_commits(store, number))
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Before:
+    """What stood in the output when a run began.
+
+    Attributes:
+        decided: ids of all shards that were.
+        shards: those of them that the run may have to say or do something about, by id, in 2.5 kB each.
+        num_records: commit records of all of them.
+    """
+
+    decided: Names
+    shards: Mapping[str, DecidedShard]
+    num_records: int
+
+
+def _before(store: ObjectStore, specs: Iterable[ShardSpec], config: JobConfig) -> _Before:
+    """Reads all records and keeps those that matter: of inputs that changed, rejections to retry, files to repair."""
+    matters = {parse_record_name(record)[0] for record in repair_orders(store)}
+    matters |= shards_in_repair(store, config.column_sets)
+    tars, as_encoded = Names(), Names()
+    for spec in specs:
+        if spec.changed:
+            matters.add(spec.shard_id)
+        if spec.kind == "tar":
+            tars.add(spec.shard_id)
+            as_encoded.add(_tar_version(spec))
+    decided = Names()
+    kept: dict[str, Commit] = {}
+    known = KnownCommits(store)
+    for commit in known:
+        decided.add(commit.shard_id)
+        counts = commit.shard_counts or commit.counts
+        if not counts.reasons.keys().isdisjoint(config.run.retry_failed) or (
+            commit.shard_id in tars and _tar_version(commit) not in as_encoded
+        ):
+            matters.add(commit.shard_id)
+        if commit.shard_id in matters:
+            kept[name_of(commit)] = commit
+    # Of a shard that matters for a later generation the first one may have gone by.
+    missing = [name for name in known.names if name not in kept and parse_record_name(name)[0] in matters]
+    shards = decided_shards([*kept.values(), *(load_commits(store, missing) if missing else ())])
+    return _Before(decided=decided, shards={shard.shard_id: shard for shard in shards}, num_records=len(known.names))
+
+
+def _tar_version(of: ShardSpec | Commit) -> str:
+    return f"{of.shard_id} {of.source_size_bytes} {of.source_etag}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -305,11 +364,17 @@ class _Again:
 
 def _again(
     store: ObjectStore,
-    specs: Sequence[ShardSpec],
+    specs: Iterable[ShardSpec],
     before: Mapping[str, DecidedShard],
     config: JobConfig,
     progress: Progress,
 ) -> _Again:
+    """
+    Args:
+        specs: as planned.
+        before: of the decided shards at least those that `_Before` keeps.
+    """
+    specs = [spec for spec in specs if spec.shard_id in before]
     changes = changed_inputs(specs, before)
     for change in changes[:_MAX_TOLD]:
         progress.say(
@@ -428,21 +493,22 @@ class _Ledger:
 
     def __init__(
         self,
-        planned: Sequence[str],
+        planned: Names,
         todo: Sequence[ShardSpec],
         again: _Again,
         started: float,
         config: JobConfig,
         metrics: RunMetrics,
     ) -> None:
-        self.todo = tuple(todo)
+        self.todo = todo
         self._again = again
         self._redone_ids = {spec.shard_id: spec for spec in todo if spec.redo is not None}
         self._num_changed_on_the_way = 0
         self._num_texts_truncated = 0
         self.metrics = metrics
         self.undone: dict[str, str] = {}
-        self.done: set[str] = set()
+        self._given_up: str | None = None
+        self._done = Names()
         self._planned = planned
         self._started = started
         self._config = config
@@ -461,23 +527,37 @@ class _Ledger:
         return len(self._planned) - (len(self.todo) - len(self._redone_ids))
 
     @property
+    def num_done(self) -> int:
+        """Of the shards to do, those that are decided or encoded once more."""
+        return len(self._done)
+
+    @property
     def num_decided(self) -> int:
         """Of all planned shards, those that are decided, by whichever run."""
-        return self._num_done_before + len(self.done)
+        return self._num_done_before + len(self._done)
+
+    @property
+    def num_undone(self) -> int:
+        """Of the shards to do, those that nobody tries any more."""
+        return len(self.undone) if self._given_up is None else len(self.todo) - len(self._done)
 
     @property
     def num_left(self) -> int:
-        return len(self.todo) - len(self.done) - len(self.undone)
+        return len(self.todo) - len(self._done) - self.num_undone
 
-    @property
-    def first_done(self) -> set[str]:
-        """The shards among those done that were not decided before."""
-        return self.done - self._redone_ids.keys()
+    def unseen(self, names: Iterable[str]) -> list[str]:
+        """The shards that were decided for the first time in this run and are not among the names of all records."""
+        seen = Names(names)
+        first = (spec.shard_id for spec in self.todo if spec.redo is None)
+        return [shard_id for shard_id in first if shard_id in self._done and shard_id not in seen]
+
+    def accounts(self, commits: Callable[[], Iterable[Commit]]) -> Accounts:
+        """Of the planned shards; `commits` gives all records of the output, as often as it is called."""
+        return accounts(commits, self._planned, {spec.base_id for spec in self._redone_ids.values()})
 
     def add(self, spec: ShardSpec, report: ShardReport, actor: int) -> None:
         """Counts a shard that is decided."""
-        # The plan's own string: one from each report would be kept for as long as the run lasts.
-        self.done.add(spec.shard_id)
+        self._done.add(spec.shard_id)
         self._num_changed_on_the_way += report.num_inputs_changed
         self._num_texts_truncated += report.num_texts_truncated
         if self.quality is not None and report.quality is not None:
@@ -501,7 +581,7 @@ class _Ledger:
             for stage, seconds in report.timings_s.items():
                 metrics.observe("latentmill_stage_seconds", seconds, stage=stage)
             metrics.set("latentmill_encoder_busy_ratio", report.busy_share, actor=str(actor))
-        self._rate.add(len(self.done), self._num_records)
+        self._rate.add(len(self._done), self._num_records)
 
     def note_failed_attempt(self) -> None:
         """Counts an attempt at a shard that ended in an error or a death."""
@@ -510,9 +590,14 @@ class _Ledger:
 
     def give_up(self, message: str) -> None:
         """Leaves every shard undone that is neither done nor undone for a reason of its own."""
-        for spec in self.todo:
-            if spec.shard_id not in self.done:
-                self.undone.setdefault(spec.shard_id, message)
+        self._given_up = message
+
+    def _some_undone(self) -> dict[str, str]:
+        """The first of the shards that are undone, each with the reason."""
+        if self._given_up is None:
+            return dict(sorted(self.undone.items())[:_MAX_TOLD])
+        undone = (spec.shard_id for spec in self.todo if spec.shard_id not in self._done)
+        return {shard_id: self.undone.get(shard_id, self._given_up) for shard_id in nsmallest(_MAX_TOLD, undone)}
 
     def note_states(self, num_running: int) -> None:
         """Sets the gauges of shards by state, and counts the store errors of this process."""
@@ -521,7 +606,7 @@ class _Ledger:
             ("pending", self.num_left - num_running),
             ("running", num_running),
             ("done", self.num_decided),
-            ("undone", len(self.undone)),
+            ("undone", self.num_undone),
         ):
             self.metrics.set("latentmill_shards", number, state=state)
 
@@ -538,9 +623,9 @@ class _Ledger:
             self.metrics.set("latentmill_eta_seconds", eta_s)
         return Standing(
             num_shards=len(self.todo),
-            num_shards_done=len(self.done),
+            num_shards_done=len(self._done),
             num_shards_running=num_running,
-            num_shards_undone=len(self.undone),
+            num_shards_undone=self.num_undone,
             num_records=self._num_records,
             num_rejected=self._num_rejected,
             reasons=dict(self._reasons),
@@ -552,30 +637,28 @@ class _Ledger:
             quality=None if self.quality is None else self.quality.standing(),
         )
 
-    def close(self, counts: Mapping[str, ShardCounts], snapshot: int, is_trained: bool | None) -> RunSummary:
+    def close(self, found: Accounts, snapshot: int, is_trained: bool | None) -> RunSummary:
         """The summary of a run that came to its end, with the exit code that follows from the accounts."""
-        summary = self.summary(EXIT_OK, counts, snapshot, is_trained)
+        summary = self.summary(EXIT_OK, found, snapshot, is_trained)
         # The last attempt may have died just after its commit, or another job may have been faster.
-        num_undone = len(set(self._planned) - counts.keys())
+        num_undone = len(self._planned) - found.num_shards
         summary = replace(summary, num_shards_undone=num_undone)
-        if num_undone or self._redone_ids.keys() - self.done:
+        if num_undone or any(name not in self._done for name in self._redone_ids):
             return replace(summary, exit_code=EXIT_UNDONE)
         if summary.num_videos_rejected > self._config.run.max_rejected_share * summary.num_videos:
             return replace(summary, exit_code=EXIT_REJECTED)
         return summary
 
-    def summary(
-        self, exit_code: int, counts: Mapping[str, ShardCounts], snapshot: int | None, is_trained: bool | None
-    ) -> RunSummary:
+    def summary(self, exit_code: int, found: Accounts, snapshot: int | None, is_trained: bool | None) -> RunSummary:
         """The accounts of every planned shard that has some.
 
         Args:
-            counts: shard id -> what its records state.
+            found: by `accounts`.
             snapshot: the number of the one that holds them.
         """
-        totals = sum_counts(counts[shard_id] for shard_id in self._planned if shard_id in counts)
+        totals, counts = found.counts, found.of_shards
         elapsed_s = time.monotonic() - self._started
-        redone = [spec for name, spec in self._redone_ids.items() if name in self.done]
+        redone = [spec for name, spec in self._redone_ids.items() if name in self._done]
         retried = [spec.redo for spec in redone if spec.redo is not None and spec.redo.replaces is None]
         changes = self._again.changes
         num_first = len(self.todo) - len(self._redone_ids)
@@ -583,8 +666,8 @@ class _Ledger:
             exit_code=exit_code,
             num_shards=len(self._planned),
             num_shards_done_before=self._num_done_before,
-            num_shards_done=len(self.done) - len(redone),
-            num_shards_undone=num_first - (len(self.done) - len(redone)),
+            num_shards_done=len(self._done) - len(redone),
+            num_shards_undone=num_first - (len(self._done) - len(redone)),
             num_shards_retried=len(retried),
             num_videos_retried=sum(1 if redo.keys is None else len(redo.keys) for redo in retried),
             num_videos_recovered=sum(
@@ -611,7 +694,7 @@ class _Ledger:
             clips_per_s=round(self._num_records / elapsed_s, 4),
             is_trained=is_trained,
             sandbox=self.sandbox,
-            undone=dict(sorted(self.undone.items())[:20]),
+            undone=self._some_undone(),
             quality=None if self.quality is None else self.quality.facts(),
         )
 
@@ -1146,6 +1229,52 @@ class _Task:
     part: range | None
 
 
+class _Waiting:
+    """The shards that nobody holds, in the order in which they are handed out: first come those that never were."""
+
+    def __init__(self, todo: Sequence[ShardSpec]) -> None:
+        self._todo = todo
+        self._fresh = deque([range(len(todo))])  # places in it
+        self._first: deque[ShardSpec] = deque()
+        self._back: deque[ShardSpec] = deque()
+
+    def __len__(self) -> int:
+        return len(self._first) + sum(map(len, self._fresh)) + len(self._back)
+
+    def first(self) -> Sequence[ShardSpec]:
+        """Those that an actor may choose from."""
+        while len(self._first) < _LOOK_AHEAD and self._fresh:
+            places = self._fresh.popleft()
+            if places:
+                self._first.append(self._todo[places[0]])
+                self._fresh.appendleft(places[1:])
+        while len(self._first) < _LOOK_AHEAD and self._back:
+            self._first.append(self._back.popleft())
+        return self._first
+
+    def take(self, spec: ShardSpec) -> None:
+        """Somebody holds one of the first."""
+        self._first.remove(spec)
+
+    def put_back(self, spec: ShardSpec) -> None:
+        """Nobody holds it any more."""
+        self._back.append(spec)
+
+    def turn(self) -> None:
+        """Brings those to the front that stand half the way from here."""
+        self._back.extendleft(reversed(self._first))
+        self._first.clear()
+        num_left = sum(map(len, self._fresh)) // 2
+        while num_left:
+            places = self._fresh.popleft()
+            self._fresh.append(places[:num_left])
+            if places[num_left:]:
+                self._fresh.appendleft(places[num_left:])
+            num_left -= len(places[:num_left])
+        if not self._fresh:
+            self._back.rotate(-(len(self._back) // 2))
+
+
 class _Dispatch:
     """Hands shards to actors and takes reports back, until nothing is left or the run is interrupted."""
 
@@ -1167,7 +1296,7 @@ class _Dispatch:
         self._progress = progress
         self._store = store
         self._max_attempts = ledger.max_attempts
-        self._waiting = deque(ledger.todo)
+        self._waiting = _Waiting(ledger.todo)
         self._running: dict[Any, _Task] = {}
         self._attempts: Counter[str] = Counter()
         # Shards that were held by an actor when it died. Each goes alone from then on: of two that were held only one
@@ -1199,7 +1328,7 @@ class _Dispatch:
             self._ledger.give_up(str(error))
         self._progress.show(self._ledger.standing(len(self._running), self._pool.crew()), is_last=True)
         # What was put back in place has no record of its own.
-        unseen = self._ledger.first_done - committed_ids(self._store)
+        unseen = self._ledger.unseen(record_names(self._store))
         if unseen:
             raise StorageError(
                 f"{len(unseen)} shards (such as {min(unseen)}) were committed by an actor but are not seen from the "
@@ -1216,11 +1345,11 @@ class _Dispatch:
             elif not self._running:
                 raise _HopelessError(why_hopeless)
             self._take_back(_POLL_S)
-            num_new = len(self._ledger.done) - last_snapshot
+            num_new = self._ledger.num_done - last_snapshot
             if num_new >= max(_SNAPSHOT_EVERY, _SNAPSHOT_GROWTH * self._ledger.num_decided):
                 _publish(self._store, self._config)
                 _give_memory_back()
-                last_snapshot = len(self._ledger.done)
+                last_snapshot = self._ledger.num_done
             # All actors are looked at, so not for every shard that one of a thousand returns.
             if time.monotonic() - looked_s < _LOOK_S:
                 continue
@@ -1258,7 +1387,7 @@ class _Dispatch:
         spec = self._next_for(slot)
         if spec is None:
             return
-        self._waiting.remove(spec)
+        self._waiting.take(spec)
         slot.held.add(spec.shard_id)
         poison = self._poison.get(spec.shard_id, frozenset())
         search = self._searches.get(spec.shard_id)
@@ -1273,7 +1402,7 @@ class _Dispatch:
 
     def _next_for(self, slot: _Slot) -> ShardSpec | None:
         """The first waiting shard that this actor may take; one that failed there goes elsewhere if it can."""
-        for spec in islice(self._waiting, _LOOK_AHEAD):
+        for spec in self._waiting.first():
             if self._failed_on.get(spec.shard_id) == slot.index and self._has_others(slot):
                 continue
             if slot.held and self._suspects & {spec.shard_id, *slot.held}:
@@ -1347,7 +1476,7 @@ class _Dispatch:
             self._failed_in_a_row.add(task.spec.shard_id)
             if len(self._failed_in_a_row) == _MAX_FAILED_IN_A_ROW // 2:
                 # Bad shards may stand side by side in the plan: others are asked before all is held for hopeless.
-                self._waiting.rotate(-(len(self._waiting) // 2))
+                self._waiting.turn()
         search = self._searches.get(task.spec.shard_id)
         if search is None:
             self._try_again(task, message, is_death=False)
@@ -1355,7 +1484,7 @@ class _Dispatch:
             search.num_errors += 1
             self._failed_on[task.spec.shard_id] = task.slot.index
             if search.num_errors < self._max_attempts:
-                self._waiting.append(task.spec)
+                self._waiting.put_back(task.spec)
             else:
                 self._leave_undone(task.spec, f"the search for the video that kills the worker failed: {message}")
 
@@ -1393,7 +1522,7 @@ class _Dispatch:
         """Rejects the video that is found, once other videos have been encoded: a broken worker dies of every one."""
         shard_id, place = spec.shard_id, search.suspect
         if place is None:
-            self._waiting.append(spec)
+            self._waiting.put_back(spec)
         elif search.has_survived or self._num_encoded > self._num_encoded_before[shard_id]:
             del self._searches[shard_id]
             self._poison[shard_id] = self._poison.get(shard_id, frozenset()) | {place}
@@ -1401,9 +1530,9 @@ class _Dispatch:
             self._progress.say(
                 "poison", f"shard {shard_id}: video {place} (from 0) kills the worker every time, rejected"
             )
-            self._waiting.append(spec)
+            self._waiting.put_back(spec)
         elif not self._poison.get(shard_id, frozenset()).issuperset(search.next_part()):
-            self._waiting.append(spec)
+            self._waiting.put_back(spec)
         else:
             self._give_up_search(spec, message)
 
@@ -1419,11 +1548,11 @@ class _Dispatch:
         attempt = f"attempt {self._attempts[shard_id]} of {self._max_attempts}"
         if self._attempts[shard_id] < self._max_attempts:
             self._progress.say("retry", f"shard {shard_id}: {attempt} failed and is repeated: {message}")
-            self._waiting.append(task.spec)
+            self._waiting.put_back(task.spec)
         elif is_death and task.spec.redo is None and len(self._poison.get(shard_id, ())) < _MAX_POISON:
             self._progress.say("search", f"shard {shard_id}: {attempt} failed; looking for the video: {message}")
             self._searches[shard_id] = _Search()
-            self._waiting.append(task.spec)
+            self._waiting.put_back(task.spec)
         else:
             self._leave_undone(task.spec, f"{attempt} failed: {message}")
 

@@ -14,7 +14,7 @@ import os
 import re
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import IO, Any, BinaryIO, cast
@@ -30,6 +30,7 @@ from pipeline.errors import (
     StorageUnavailableError,
     UsageError,
 )
+from pipeline.packed import Packed, PackedSort
 from pipeline.s3 import S3Store
 from pipeline.store import LocalStore, ObjectInfo, ObjectStore, RangeReader, copy_blocks, sha256_of_file, shown_uri
 from pipeline.web import fetch
@@ -112,8 +113,8 @@ def region_of(uri: str) -> str | None:
     return _InputBucket(_split_s3(uri)[0], "").region()
 
 
-def list_inputs(uri: str) -> list[InputFile]:
-    """The files behind a file, folder (with all below it) or glob, in the order of their URIs.
+def list_inputs(uri: str) -> Packed[InputFile]:
+    """The files behind a file, folder (with all below it) or glob, in the order of their URIs: 29 bytes each.
 
     On a local disk links are followed. One that leads nowhere is listed without a size, so that it is missed by name.
 
@@ -122,6 +123,7 @@ def list_inputs(uri: str) -> list[InputFile]:
         UsageError: the scheme cannot be read here.
     """
     local = _local_path(uri)
+    files: Iterable[InputFile]
     if local is not None:
         files = _list_local(local)
     elif uri.startswith("s3://"):
@@ -132,12 +134,13 @@ def list_inputs(uri: str) -> list[InputFile]:
         files = [stat_input(uri)]
     else:
         files = _list_fsspec(uri)
-    if not files:
+    found = PackedSort(files, key=lambda file: file.uri).packed()
+    if not found:
         raise StorageNotFoundError(f"no file is at {shown_uri(uri)}")
-    return sorted(files, key=lambda file: file.uri)
+    return found
 
 
-def _list_s3(uri: str) -> list[InputFile]:
+def _list_s3(uri: str) -> Iterable[InputFile]:
     store, key = _s3_input(uri.rstrip("/"))
     info = store.head(key) if key else None
     if info is not None:
@@ -147,10 +150,10 @@ def _list_s3(uri: str) -> list[InputFile]:
     pattern = re.compile(glob_translate(key) if is_pattern else "")
     listed = (info for info in store.list(literal) if pattern.match(info.key))
     # A key that ends in a slash is what some tools leave to mark a folder.
-    return [_s3_file(store, info) for info in listed if not info.key.endswith("/")]
+    return (_s3_file(store, info) for info in listed if not info.key.endswith("/"))
 
 
-def _list_local(path: str) -> list[InputFile]:
+def _list_local(path: str) -> Iterable[InputFile]:
     if os.path.isdir(path):
         return _walk(path)
     if os.path.exists(path) or not glob.has_magic(path):
@@ -163,12 +166,11 @@ def _list_local(path: str) -> list[InputFile]:
     max_depth = None if "**" in path else path.count("/") - root.rstrip("/").count("/")
     with _input_errors(path):
         pattern = re.compile(glob_translate(path))
-    return [file for file in _walk(root, max_depth) if pattern.match(file.uri)]
+    return (file for file in _walk(root, max_depth) if pattern.match(file.uri))
 
 
-def _walk(root: str, max_depth: int | None = None) -> list[InputFile]:
+def _walk(root: str, max_depth: int | None = None) -> Iterator[InputFile]:
     """The files below a folder, links followed. A folder is not entered again below itself, so that walks end."""
-    files: list[InputFile] = []
     pending: list[tuple[str, frozenset[tuple[int, int]]]] = [(root, frozenset())]
     while pending:
         folder, above = pending.pop()
@@ -182,16 +184,15 @@ def _walk(root: str, max_depth: int | None = None) -> list[InputFile]:
                 try:
                     status = entry.stat()
                 except OSError:
-                    files.append(InputFile(uri=entry.path, num_bytes=None, etag=None))
+                    yield InputFile(uri=entry.path, num_bytes=None, etag=None)
                     continue
                 if stat.S_ISREG(status.st_mode):
-                    files.append(_local_file(entry.path, status))
+                    yield _local_file(entry.path, status)
                 elif stat.S_ISDIR(status.st_mode) and (max_depth is None or len(above) + 1 < max_depth):
                     pending.append((entry.path, above | {identity}))
-    return files
 
 
-def _list_fsspec(uri: str) -> list[InputFile]:
+def _list_fsspec(uri: str) -> Iterable[InputFile]:
     with _input_errors(uri):
         filesystem, path = _filesystem(uri)
         try:

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import IO, Any, BinaryIO, ClassVar
 
 from pipeline.errors import ObjectExistsError, StorageError, StorageNotFoundError, UsageError
+from pipeline.packed import PackedSort
 
 # An outage or a throttled prefix passes within this; a shard's work is worth waiting for.
 RETRY_BUDGET_S = 900.0
@@ -333,14 +334,15 @@ class LocalStore(ObjectStore):
             if not isinstance(error, FileNotFoundError):
                 raise error
 
-        found = []
+        found = PackedSort[str]()
         with self._errors("list", prefix):
             top = os.path.normpath(os.path.join(self.root_uri, os.path.dirname(prefix)))
             for folder, folders, names in os.walk(top, onerror=refuse):
                 if folder == self.root_uri:
                     folders[:] = [name for name in folders if name != ".tmp"]
-                found += [os.path.relpath(os.path.join(folder, name), self.root_uri) for name in names]
-        for key in sorted(found):
+                for name in names:
+                    found.add(os.path.relpath(os.path.join(folder, name), self.root_uri))
+        for key in found:
             info = self.head(key) if key.startswith(prefix) else None
             if info is not None:
                 yield info

@@ -1,19 +1,21 @@
-"""What the driver and the commit protocol cost with a thousand actors and up to 100,000 shards; what planning holds.
+"""What the driver and the commit protocol cost with a thousand actors and up to a million shards.
 
-Run as a script (`make bench` does); prints one Markdown table with a line for each number of shards.
+Run as a script (`make bench` does, up to 100,000); prints one Markdown table with a line for each number of shards.
 
 Real are `pipeline.run.run`, everything that it calls, and the commits of the actors (`commit_shard`). Simulated are:
 
 * Ray, by `StandIn`: no process and no message; its calls answer at once. Ray's own time is not in the numbers.
 * actors: each shard that is handed out is committed when the driver next waits, by as many as `--answers` says at once.
   Nothing is encoded and no data file is written; beats are answered.
-* the store, by `MemoryStore`: a dictionary that counts requests as S3 does (a page of a list for 1,000 keys). What it
-  holds is taken off the memory, what the driver's requests cost in it is not taken off the time.
-* the listing of the input. Tables are read from a real file.
+* the store, by `TableStore`: a table on the disk that counts requests as S3 does (a page of a list for 1,000 keys).
+  Neither its memory nor its time is in the numbers.
+* the listing of the input, but for its packing. Tables are read from a real file.
 
-Times are CPU seconds of the process without those of the simulated actors, memory is what the process has for itself.
-Each line is measured in processes of its own. A run leaves ten shards over, which a second run on the same output does:
-that is the resume.
+Times are CPU seconds of the process without those of the simulated actors and store, memory is what the process has for
+itself, at most, beyond what it had before: until the first shard is handed out, while shards are worked on, and from
+the last one to the end. Each line is measured in processes of its own. A run leaves ten shards over, which a second run
+on the same output does: that is the resume. Of more than 300,000 shards the first are there already when the run
+begins: what is worked on and what is held for it is in the numbers, how long all of it would take is not.
 """
 
 from __future__ import annotations
@@ -23,18 +25,20 @@ import ctypes
 import gc
 import io
 import json
-import pickle
-import resource
+import sqlite3
 import subprocess
 import sys
 import tarfile
 import tempfile
+import threading
 import time
 import uuid
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
+from random import Random
 from typing import Any
 from unittest.mock import patch
 
@@ -48,16 +52,18 @@ from commits import make_commit
 import pipeline.plan
 import pipeline.run
 from pipeline.actors import Beat, ShardReport, WorkerFacts
-from pipeline.commit import commit_shard, read_commit
+from pipeline.commit import commit_shard, publish_snapshot, read_commit
 from pipeline.config import SourceConfig, parse_arguments
 from pipeline.errors import ObjectExistsError
 from pipeline.metrics import STAGES, RunMetrics
+from pipeline.packed import Packed, PackedSort
 from pipeline.progress import Progress
-from pipeline.records import FileStat, ShardCounts, ShardSpec
+from pipeline.records import Commit, FileStat, ShardCounts, ShardSpec
 from pipeline.storage import InputFile, ObjectStore
 from pipeline.store import ObjectInfo
 
 _NUM_LEFT = 10
+_MOST_WORKED = 300_000
 _KEYS_PER_PAGE = 1000
 _FACTS = WorkerFacts(
     model=latents.MODEL,
@@ -83,37 +89,62 @@ _COUNTS = ShardCounts(
 )
 
 
-class MemoryStore(ObjectStore):
-    """Objects in a dictionary.
+class TableStore(ObjectStore):
+    """Objects in a table on the disk.
 
     Attributes:
         sent: requests by kind, as S3 would have counted them.
+        spent_s: CPU seconds in here.
     """
 
-    root_uri = "memory://output"
+    root_uri = "table://output"
 
-    def __init__(self) -> None:
+    def __init__(self, path: Path) -> None:
         self.sent: Counter[str] = Counter()
-        self._objects: dict[str, bytes] = {}
+        self.spent_s = 0.0
+        self._lock = threading.Lock()
+        self._table = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+        for statement in ("journal_mode = off", "synchronous = off", "locking_mode = exclusive"):
+            self._table.execute(f"PRAGMA {statement}").fetchall()
+        self._table.execute("CREATE TABLE IF NOT EXISTS objects (key TEXT PRIMARY KEY, data BLOB) WITHOUT ROWID")
+
+    def _ask(self, statement: str, *values: object) -> list[Any]:
+        with self._lock:
+            began_s = time.thread_time()
+            found = self._table.execute(statement, values).fetchall()
+            self.spent_s += time.thread_time() - began_s
+        return found
 
     def find(self, key: str) -> bytes | None:
         self.sent["get"] += 1
-        return self._objects.get(key)
+        found = self._ask("SELECT data FROM objects WHERE key = ?", key)
+        return found[0][0] if found else None
 
     def put_if_absent(self, key: str, data: bytes) -> None:
         self.sent["put"] += 1
-        if self._objects.setdefault(key, data) is not data:
+        if not self._ask("INSERT OR IGNORE INTO objects VALUES (?, ?) RETURNING 1", key, data):
             raise ObjectExistsError(key)
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
-        keys = sorted(key for key in self._objects if key.startswith(prefix))
-        self.sent["list"] += max(1, -(-len(keys) // _KEYS_PER_PAGE))
-        for key in keys:
-            yield ObjectInfo(key=key, num_bytes=len(self._objects[key]), etag=None)
+        page = [(prefix,)]
+        comparison = ">="
+        while page:
+            self.sent["list"] += 1
+            page = self._ask(
+                f"SELECT key, length(data) FROM objects WHERE key {comparison} ? AND key < ? ORDER BY key LIMIT ?",
+                page[-1][0],
+                prefix + "\U0010ffff",
+                _KEYS_PER_PAGE,
+            )
+            comparison = ">"
+            for key, num_bytes in page:
+                yield ObjectInfo(key=key, num_bytes=num_bytes, etag=None)
+            if len(page) < _KEYS_PER_PAGE:
+                return
 
     def delete(self, key: str) -> None:
         self.sent["delete"] += 1
-        self._objects.pop(key, None)
+        self._ask("DELETE FROM objects WHERE key = ?", key)
 
     def url(self, key: str) -> str:
         return f"{self.root_uri}/{key}"
@@ -129,12 +160,6 @@ class MemoryStore(ObjectStore):
 
     def head(self, key: str) -> ObjectInfo | None:
         raise NotImplementedError
-
-    @property
-    def num_bytes(self) -> int:
-        """What its objects take in this process."""
-        content = sum(sys.getsizeof(key) + sys.getsizeof(data) for key, data in self._objects.items())
-        return content + sys.getsizeof(self._objects)
 
 
 class _Reference:
@@ -174,7 +199,7 @@ class StandIn:
         on_first: called before the first shard is worked on.
     """
 
-    def __init__(self, num_actors: int, num_answers: int, store: MemoryStore) -> None:
+    def __init__(self, num_actors: int, num_answers: int, store: TableStore) -> None:
         self._num_actors = num_actors
         self._num_answers = num_answers
         self._store = store
@@ -235,14 +260,7 @@ class StandIn:
         assert spec is not None
         assert read_commit(self._store, spec.shard_id) is None
         self._store.sent["put"] += 2  # the files that the record names
-        record = replace(
-            make_commit(spec.shard_id),
-            source_uri=spec.source_uri,
-            source_size_bytes=spec.source_size_bytes,
-            source_etag=spec.source_etag,
-            files=(_file(spec, "parquet", {"256x256x17": 990, "256x256x1": 10}), _file(spec, "rejected", {})),
-            counts=_COUNTS,
-        )
+        record = _record(spec)
         reference.answer = ShardReport(
             shard_id=spec.shard_id,
             outcome=commit_shard(self._store, record),
@@ -255,6 +273,17 @@ class StandIn:
         reference.shard = None
 
 
+def _record(spec: ShardSpec) -> Commit:
+    return replace(
+        make_commit(spec.shard_id),
+        source_uri=spec.source_uri,
+        source_size_bytes=spec.source_size_bytes,
+        source_etag=spec.source_etag,
+        files=(_file(spec, "parquet", {"256x256x17": 990, "256x256x1": 10}), _file(spec, "rejected", {})),
+        counts=_COUNTS,
+    )
+
+
 def _file(spec: ShardSpec, content: Any, bucket_rows: dict[str, int]) -> FileStat:
     sha256 = uuid.uuid4().hex * 2
     key = f"data/{sha256[:2]}/{spec.shard_id}-{sha256[:16]}.{content}"
@@ -263,83 +292,109 @@ def _file(spec: ShardSpec, content: Any, bucket_rows: dict[str, int]) -> FileSta
     )
 
 
-def listed(folder: Path, num_files: int, extension: str) -> list[InputFile]:
+def listed(folder: Path, num_files: int, extension: str) -> Packed[InputFile]:
     """A listing; of tars the first is there, because a run looks at the fields of its samples."""
     if extension == "tar":
         tarfile.open(folder / "000000000.tar", "w").close()
-    return [
-        InputFile(uri=f"{folder}/{number:09d}.{extension}", num_bytes=tarfile.RECORDSIZE, etag=uuid.uuid4().hex)
+    random = Random(0)
+    files = (
+        InputFile(
+            uri=f"{folder}/{number:09d}.{extension}",
+            num_bytes=tarfile.RECORDSIZE,
+            etag=random.randbytes(16).hex(),
+        )
         for number in range(num_files)
-    ]
+    )
+    return PackedSort(files, key=lambda file: file.uri).packed()
 
 
-def _memory_mb(store: MemoryStore | None = None) -> float:
-    """What this process has for itself, without the simulated store."""
+def _memory_mb() -> float:
+    """What this process has for itself."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
-    return (psutil.Process().memory_full_info().uss - (0 if store is None else store.num_bytes)) / 1e6
+    return psutil.Process().memory_full_info().uss / 1e6
 
 
 def _peak_mb() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+    """What this process had at most since it was last asked."""
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    return int(status.partition("VmHWM:")[2].split()[0]) * 1024 / 1e6
+
+
+def fill(state: Path, num_shards: int, num_done: int) -> dict[str, Any]:
+    """Puts the records of the first shards into an output that is new, and a snapshot of them."""
+    store = TableStore(state / "store")
+    for file in islice(listed(state, num_shards, "tar"), num_done):
+        commit_shard(store, _record(pipeline.plan._tar_spec(file)))
+    publish_snapshot(store)
+    return {}
 
 
 def measure_run(state: Path, num_shards: int, num_actors: int, num_answers: int, limit: int | None) -> dict[str, Any]:
     """One run of the driver; the store is taken from `state` where there is one, and left there."""
-    store = MemoryStore()
-    if (state / "store").exists():
-        store._objects = pickle.loads((state / "store").read_bytes())
+    store = TableStore(state / "store")
     stand_in = StandIn(num_actors, num_answers, store)
     flags = ["--input", str(state), "--output", str(state / "unused"), "--model", "small", "--cpus-per-actor", "1"]
     flags += ["--num-actors", str(num_actors), *([] if limit is None else ["--limit", str(limit)])]
     found: dict[str, Any] = {}
     snapshots: list[tuple[float, Counter[str]]] = []
-    before_mb, before_peak_mb = _memory_mb(store), _peak_mb() - store.num_bytes / 1e6
-    began_s = time.process_time()
+    before_mb, before_peak_mb = _memory_mb(), (_peak_mb(), _peak_mb())[1]
+
+    def now_s() -> float:
+        return time.process_time() - stand_in.actors_s - store.spent_s
+
+    began_s = now_s()
 
     def first() -> None:
-        found["start_s"] = time.process_time() - began_s
+        found["start_s"] = now_s() - began_s
         found["start_requests"] = dict(store.sent)
-        found["start_mb"] = _memory_mb(store) - before_mb
+        found["start_peak_mb"] = _peak_mb() - before_peak_mb
+        found["start_mb"] = _memory_mb() - before_mb
 
     publish = pipeline.run._publish
+    decide = pipeline.run._Dispatch.until_decided
 
     def timed_publish(*arguments: Any) -> int:
-        sent, at_s = store.sent.copy(), time.process_time()
+        sent, at_s = store.sent.copy(), now_s()
         number = publish(*arguments)
-        snapshots.append((time.process_time() - at_s, store.sent - sent))
+        snapshots.append((now_s() - at_s, store.sent - sent))
         return number
+
+    def watched_decide(dispatch: Any) -> None:
+        decide(dispatch)
+        found["work_peak_mb"] = _peak_mb() - before_peak_mb
+        found["worked_mb"] = _memory_mb() - before_mb
 
     stand_in.on_first = first
     with (
         patch.object(pipeline.run, "ray", stand_in),
         patch.object(pipeline.run, "open_store", lambda _: store),
         patch.object(pipeline.run, "_publish", timed_publish),
+        patch.object(pipeline.run._Dispatch, "until_decided", watched_decide),
         patch.object(pipeline.plan, "list_inputs", lambda _: listed(state, num_shards, "tar")),
     ):
         summary = pipeline.run.run(parse_arguments(flags), Progress("plain", io.StringIO()), RunMetrics())
-    whole_s = time.process_time() - began_s
+    whole_s = now_s() - began_s
     assert summary.num_shards_done == (limit or _NUM_LEFT), summary
-    (state / "store").write_bytes(pickle.dumps(store._objects))
     snapshots_s = sum(seconds for seconds, _ in snapshots)
     return found | {
         "whole_s": whole_s,
-        "actors_s": stand_in.actors_s,
-        "loop_s": whole_s - found["start_s"] - stand_in.actors_s - snapshots_s,
+        "loop_s": whole_s - found["start_s"] - snapshots_s,
         "num_snapshots": len(snapshots),
         "snapshots_s": snapshots_s,
         "last_snapshot_s": max(seconds for seconds, _ in snapshots[-2:]),
         "last_snapshot_requests": dict(snapshots[-1][1]),
-        "end_mb": _memory_mb(store) - before_mb,
-        "peak_mb": _peak_mb() - before_peak_mb - store.num_bytes / 1e6,
+        "end_peak_mb": _peak_mb() - before_peak_mb,
+        "end_mb": _memory_mb() - before_mb,
         "requests": dict(store.sent),
         "calls": dict(stand_in.num_calls),
     }
 
 
 def measure_plan(state: Path, num_inputs: int, kind: str) -> dict[str, Any]:
-    """Planning alone: of `num_inputs` tars, files of a folder, or rows of a table."""
-    store = MemoryStore()
+    """Planning alone, the first time and once more: of `num_inputs` tars, files of a folder, or rows of a table."""
+    store = TableStore(state / "store")
     table = state / "table.jsonl"
     if kind == "rows":
         with table.open("w") as file:
@@ -349,19 +404,20 @@ def measure_plan(state: Path, num_inputs: int, kind: str) -> dict[str, Any]:
                 )
     source = SourceConfig(input=str(table if kind == "rows" else state))
     real = pipeline.plan.list_inputs
-    before_mb, began_s = _peak_mb(), time.process_time()
+    found: dict[str, Any] = {}
+    before_mb = (_peak_mb(), _peak_mb())[1]
     with patch.object(
         pipeline.plan,
         "list_inputs",
         real if kind == "rows" else lambda _: listed(state, num_inputs, "tar" if kind == "tars" else "mp4"),
     ):
-        specs = pipeline.plan.plan_shards(source, store)
-    return {
-        "num_shards": len(specs),
-        "plan_s": time.process_time() - began_s,
-        "peak_mb": _peak_mb() - before_mb - store.num_bytes / 1e6,
-        "requests": dict(store.sent),
-    }
+        for time_name, memory_name in (("plan_s", "peak_mb"), ("again_s", "again_peak_mb")):
+            began_s = time.process_time() - store.spent_s
+            found["num_shards"] = len(pipeline.plan.plan_shards(source, store))
+            found[time_name] = time.process_time() - store.spent_s - began_s
+            found[memory_name] = _peak_mb() - before_mb
+            _memory_mb()
+    return found | {"requests": dict(store.sent)}
 
 
 def measured(what: str, state: Path, *arguments: object) -> dict[str, Any]:
@@ -377,12 +433,15 @@ def measured(what: str, state: Path, *arguments: object) -> dict[str, Any]:
 def driver_row(num_shards: int, num_actors: int, num_answers: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """A line of the table, and everything that was measured for it."""
     with tempfile.TemporaryDirectory(prefix="lm-scale-") as folder:
-        done = num_shards - _NUM_LEFT
+        done = min(num_shards, _MOST_WORKED) - _NUM_LEFT
+        if num_shards > _MOST_WORKED:
+            measured("fill", Path(folder), num_shards, num_shards - _MOST_WORKED)
         run = measured("run", Path(folder), num_shards, num_actors, num_answers, done)
         resume = measured("run", Path(folder), num_shards, num_actors, num_answers, None)
     sent = run["requests"]
     return {
         "shards": num_shards,
+        "worked on": done,
         "start, s": run["start_s"],
         "loop, ms a shard": run["loop_s"] / done * 1e3,
         "shards a CPU second": done / (run["loop_s"] + run["snapshots_s"]),
@@ -392,11 +451,13 @@ def driver_row(num_shards: int, num_actors: int, num_answers: int) -> tuple[dict
         "put a shard": sent["put"] / done,
         "get a shard": sent["get"] / done,
         "list pages": sent["list"],
-        "at work, MB": run["start_mb"],
-        "at the end, MB": run["end_mb"],
-        "at most, MB": run["peak_mb"],
+        "start at most, MB": run["start_peak_mb"],
+        "held then, MB": run["start_mb"],
+        "at work at most, MB": run["work_peak_mb"],
+        "held after it, MB": run["worked_mb"],
+        "in the end at most, MB": run["end_peak_mb"],
         "resume, s": resume["start_s"],
-        "resume at most, MB": resume["peak_mb"],
+        "resume at most, MB": resume["start_peak_mb"],
     }, {"run": run, "resume": resume}
 
 
@@ -411,7 +472,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.measure:
         what, state, *arguments = json.loads(options.measure)
-        print(json.dumps({"run": measure_run, "plan": measure_plan}[what](Path(state), *arguments)))
+        measures = {"run": measure_run, "plan": measure_plan, "fill": fill}
+        print(json.dumps(measures[what](Path(state), *arguments)))
         return
     rows, more = [], {}
     for num_shards in options.shards:
@@ -425,7 +487,8 @@ def main() -> None:
             with tempfile.TemporaryDirectory(prefix="lm-scale-") as folder:
                 plan = more[f"plan of {num_inputs} {kind}"] = measured("plan", Path(folder), num_inputs, kind)
             told.append(
-                f"{num_inputs:,}: {plan['num_shards']:,} shards, {plan['plan_s']:.1f} s, {plan['peak_mb']:.0f} MB"
+                f"{num_inputs:,}: {plan['num_shards']:,} shards, {plan['plan_s']:.1f} s, {plan['peak_mb']:.0f} MB, "
+                f"once more {plan['again_s']:.1f} s, {plan['again_peak_mb']:.0f} MB"
             )
         notes.append(f"Planning of {kind}: " + "; ".join(told))
     title = f"Driver and protocol, {options.actors:,} simulated actors, CPU seconds"

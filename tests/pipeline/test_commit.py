@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import hashlib
+import itertools
 import json
 import os
 import pickle
@@ -37,6 +38,7 @@ from pipeline.commit import (
     _commit_key,
     _commit_of,
     _json_bytes,
+    accounts,
     check_store,
     commit_shard,
     committed_ids,
@@ -68,7 +70,7 @@ from pipeline.errors import (
     StorageUnavailableError,
     UsageError,
 )
-from pipeline.records import DatasetManifest, FileStat, ModelFacts
+from pipeline.records import DatasetManifest, FileStat, ModelFacts, sum_counts
 from pipeline.storage import ObjectStore, open_store
 
 Answer = Callable[["Wayward", str, bytes], None]
@@ -291,6 +293,21 @@ def test_a_shard_is_what_its_generations_together_say(store: ObjectStore) -> Non
     assert decided_shards(snapshot.commits) == (shard, read_shard(store, "b"))
     assert snapshot.num_records == 5 + 7
     assert json.loads(store.get(f"snapshots/{snapshot.number:012d}.json"))["num_records"] == 12
+
+
+@pytest.mark.parametrize("named", [(), ("a",), ("a", "b", "none")])
+def test_the_accounts_of_many_shards_are_those_of_the_last_record_of_each(named: tuple[str, ...]) -> None:
+    a, b, c, other = (make_commit(name, num_records=number) for number, name in enumerate("abco", 1))
+    lost = {"reasons": {"timeout": 2}, "num_videos": 3, "num_videos_rejected": 2}
+    a = dataclasses.replace(a, counts=dataclasses.replace(a.counts, **lost))
+    commits = [later_generation(a, 2), a, b, c, later_generation(a, 1, num_records=2), other]
+    expected = decided_shards(commits)[:3]
+    for order in itertools.permutations(commits):
+        found = accounts(lambda order=order: order, {"a", "b", "c", "open"}, named)  # type: ignore[misc]
+        assert found.num_shards == 3
+        assert found.counts == sum_counts(shard.counts for shard in expected)
+        assert found.of_shards == {shard.shard_id: shard.counts for shard in expected if shard.shard_id in named}
+    assert accounts(list, {"a"}).num_shards == 0
 
 
 def test_a_generation_made_from_an_older_state_loses(store: ObjectStore) -> None:

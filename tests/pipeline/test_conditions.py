@@ -6,7 +6,7 @@ By a real actor in this process, on real pictures; the encoders are small and th
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import encoders
@@ -57,7 +57,7 @@ class Job:
         self.actor._conditions.output = self.store
         self.manifest: DatasetManifest = _open_output(self.store, None, self.config, facts, self.specs())
 
-    def specs(self) -> list[ShardSpec]:
+    def specs(self) -> Sequence[ShardSpec]:
         return plan_shards(self.config.source, self.store)
 
     def encode(self, spec: ShardSpec) -> str:

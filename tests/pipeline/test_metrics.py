@@ -13,6 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from pipeline.actors import ShardReport
 from pipeline.config import parse_arguments
 from pipeline.metrics import METRICS, STAGES, RunMetrics, final_name
+from pipeline.packed import Names
 from pipeline.progress import Crew, Progress
 from pipeline.quality import ClipQuality, RunQuality, ShardQuality
 from pipeline.records import REASONS, ModelFacts, ShardCounts, ShardSpec
@@ -68,7 +69,7 @@ def test_many_failures_of_many_inputs_make_no_new_series() -> None:
     again = _Again(
         num_videos_ok={}, changes=(), retried=Retries(specs=(), num_videos=0, num_spent=0, refused={}), repaired=()
     )
-    ledger = _Ledger([spec.shard_id for spec in specs], specs, again, 0.0, config, metrics)
+    ledger = _Ledger(Names(spec.shard_id for spec in specs), specs, again, 0.0, config, metrics)
     before = _scrape(metrics).keys()
     reasons = list(REASONS)
     for number, spec in enumerate(specs):

@@ -6,14 +6,17 @@ import datetime
 import hashlib
 import json
 import os
+import random
 import re
 import shutil
 import threading
-from collections.abc import Callable
+import tracemalloc
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, BinaryIO
+from unittest.mock import patch
 
 import latents
 import pyarrow as pa
@@ -22,14 +25,16 @@ import pytest
 from builders import CLIP_STILLS, CLIP_VIDEOS, clip_members, pack_clips, tar_bytes
 from conftest import SeaweedFS
 
+import pipeline.plan
 from pipeline.commit import DecidedShard, decided_shards
 from pipeline.config import SourceConfig
 from pipeline.errors import StorageDeniedError, StorageNotFoundError, UsageError
 from pipeline.inputs import Slice, SliceEntry, read_slice
-from pipeline.plan import changed_inputs, infer_passthrough, plan_shards, planned_slices
+from pipeline.packed import Packed
+from pipeline.plan import _json_bytes, changed_inputs, infer_passthrough, plan_shards, planned_slices
 from pipeline.records import ShardSpec
 from pipeline.s3 import S3Store
-from pipeline.storage import ObjectInfo, ObjectStore, open_input, open_store
+from pipeline.storage import InputFile, ObjectInfo, ObjectStore, open_input, open_store
 
 
 def config(uri: Path | str, **more: Any) -> SourceConfig:
@@ -47,11 +52,11 @@ def touch(folder: Path, *names: str) -> Path:
     return folder
 
 
-def entries_of(store: ObjectStore, specs: list[ShardSpec]) -> list[SliceEntry]:
+def entries_of(store: ObjectStore, specs: Sequence[ShardSpec]) -> list[SliceEntry]:
     return [entry for spec in specs for entry in read_slice(store, spec).entries]
 
 
-def keys_of(store: ObjectStore, specs: list[ShardSpec]) -> list[list[str]]:
+def keys_of(store: ObjectStore, specs: Sequence[ShardSpec]) -> list[list[str]]:
     return [[entry.key for entry in read_slice(store, spec).entries] for spec in specs]
 
 
@@ -684,3 +689,71 @@ def test_every_planned_slice_can_be_listed_from_the_output_alone(tmp_path: Path)
     specs += plan_shards(config(folder), store)[2:]
     assert sorted(spec.shard_id for spec in planned_slices(store)) == sorted(spec.shard_id for spec in specs)
     assert sum(spec.num_videos or 0 for spec in planned_slices(store)) == 5
+
+
+def _listing(number: int, extension: str, chance: random.Random) -> Packed[InputFile]:
+    return Packed(
+        InputFile(
+            uri=f"/in/{place:06d}.{extension}",
+            num_bytes=chance.randrange(1 << 30),
+            etag=f"{chance.randbytes(16).hex()}",
+        )
+        for place in range(number)
+    )
+
+
+@pytest.mark.parametrize(("extension", "num_bytes_each"), [("tar", 180), ("mp4", 180)])
+def test_a_plan_of_many_files_is_made_in_a_bounded_memory_of_each(
+    extension: str, num_bytes_each: int, tmp_path: Path
+) -> None:
+    number = 20_000
+    listing = _listing(number, extension, random.Random(0))
+    with patch.object(pipeline.plan, "list_inputs", lambda _: listing):
+        tracemalloc.start()
+        try:
+            specs = plan_shards(config("/in"), output(tmp_path))
+            held, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+    assert len(specs) == (number if extension == "tar" else -(-number // 64))
+    # As objects the listing alone would take 300 bytes a file, and the shards of tars 500.
+    assert peak < num_bytes_each * number
+    assert held < 80 * number
+    assert specs[1] == list(specs)[1]
+
+
+def test_files_of_one_stem_are_one_sample_however_many_others_stand_between_them(tmp_path: Path) -> None:
+    names = [
+        "a.mp4",
+        "a.n.mp4",
+        "a.n.x.jpg",
+        "a.n.x.webm",
+        "a.webm",
+        "a-1.mp4",
+        "b.jpg",
+        "b.mp4",
+        "a.mp4.webm",
+        "b/a.mkv",
+    ]
+    for name in (*names, "a.n.txt", "a.txt", "a.mp4.json", "b.json"):
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / name).write_bytes(b"{}")
+    store = output(tmp_path)
+    (spec,) = plan_shards(config(tmp_path / "in"), store)
+    entries = read_slice(store, spec).entries
+    # Pictures of a.n.x and b are posters; a has two videos, whose keys are their names, so that a.mp4.webm has its own.
+    assert [entry.key for entry in entries] == ["a-1", "a.mp4", "a.webm", "a.mp4.webm", "a.n", "a.n.x", "b", "b/a"]
+    texts = {entry.key: (entry.txt_uri or "").rpartition("/")[2] for entry in entries if entry.txt_uri}
+    assert texts == {"a.mp4": "a.txt", "a.webm": "a.txt", "a.n": "a.n.txt"}
+    assert {entry.key for entry in entries if entry.json_uri} == {"a.mp4.webm", "b"}
+    assert plan_shards(config(tmp_path / "in"), store) == [spec]
+
+
+def test_a_round_is_the_same_json_whether_its_lists_are_packed_or_not() -> None:
+    files = [f'{place} \udcff "' for place in range(300)]
+    for document in ({"b": files, "a": {"d": [], "c": [{"z": 1, "y": None}]}}, {}, {"a": {}}):
+        packed = {
+            name: Packed(value) if isinstance(value, list) else {k: Packed(v) for k, v in value.items()}
+            for name, value in document.items()
+        }
+        assert _json_bytes(packed) == json.dumps(document, sort_keys=True, separators=(",", ":")).encode()

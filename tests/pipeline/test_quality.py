@@ -29,6 +29,7 @@ from pipeline.config import JobConfig, parse_arguments
 from pipeline.decode import DecodePool
 from pipeline.inputs import FoundVersions
 from pipeline.metrics import RunMetrics
+from pipeline.packed import Names
 from pipeline.plan import plan_shards
 from pipeline.progress import Crew, Progress, Quality
 from pipeline.quality import ClipQuality, Inspection, RunQuality, ShardQuality, floor_db, is_chosen, psnr_db
@@ -409,7 +410,7 @@ def ledger() -> tuple[_Ledger, ShardSpec, io.StringIO]:
         num_videos_ok={}, changes=(), retried=Retries(specs=(), num_videos=0, num_spent=0, refused={}), repaired=()
     )
     metrics, said = RunMetrics(), io.StringIO()
-    ledger = _Ledger([spec.shard_id], [spec], again, time.monotonic(), config, metrics)
+    ledger = _Ledger(Names([spec.shard_id]), [spec], again, time.monotonic(), config, metrics)
     ledger.quality = RunQuality(_MODEL, metrics, Progress("plain", said))
     return ledger, spec, said
 
@@ -420,7 +421,7 @@ def test_the_summary_of_a_run_and_its_metrics_say_what_was_seen(
     run, spec, said = ledger
     _, (report,) = _encode(_config(inputs, tmp_path / "out"), 0)
     run.add(spec, replace(report, quality=_seen(40, deviation=6.0, psnr=12.0)), actor=3)
-    quality = run.summary(0, [], None, True).quality
+    quality = run.summary(0, run.accounts(tuple), None, True).quality
     assert quality is not None
     assert quality["alarms"] == {"psnr": 1, "channels": 1}
     assert "shard 00000-1234abcd (encoder 3): clip 0 of key comes back with 12.0 dB, allowed is 20.0" in said.getvalue()
@@ -447,6 +448,6 @@ def test_a_run_that_looks_at_nothing_says_nothing_of_quality(
     run.quality = None
     _, (report,) = _encode(_config(inputs, tmp_path / "out"), 0)
     run.add(spec, report, actor=0)
-    assert run.summary(0, [], None, True).quality is None
+    assert run.summary(0, run.accounts(tuple), None, True).quality is None
     assert run.standing(0, Crew()).quality is None
     assert run.metrics.registry.get_sample_value("latentmill_quality_psnr_mean_db") is None

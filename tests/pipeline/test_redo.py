@@ -10,6 +10,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -23,7 +24,6 @@ from pipeline.audit import audit
 from pipeline.cli import main
 from pipeline.commit import (
     DecidedShard,
-    counts_of_shards,
     decided_shards,
     known_commits,
     name_of,
@@ -37,11 +37,12 @@ from pipeline.config import JobConfig, parse_arguments
 from pipeline.errors import StorageError
 from pipeline.inputs import read_slice
 from pipeline.metrics import RunMetrics
+from pipeline.packed import Names
 from pipeline.plan import changed_inputs, plan_shards
 from pipeline.progress import Progress
 from pipeline.records import Commit, DatasetManifest, ShardSpec
 from pipeline.redo import Retries, order_repair, ordered_repairs, repairs, retries
-from pipeline.run import RunSummary, _again, _Ledger, run
+from pipeline.run import RunSummary, _again, _before, _Ledger, run
 from pipeline.storage import ObjectStore, open_store
 
 PICTURES = {"a": CLIP_STILLS[0], "b": CLIP_STILLS[1], "c": CLIP_STILLS[1]}
@@ -57,7 +58,7 @@ class Job:
     actor: EncodeActor
     manifest: DatasetManifest
 
-    def specs(self) -> list[ShardSpec]:
+    def specs(self) -> Sequence[ShardSpec]:
         return plan_shards(self.config.source, self.store)
 
     def shards(self) -> dict[str, DecidedShard]:
@@ -518,19 +519,20 @@ def test_the_result_line_counts_what_was_done_once_more(job: Job) -> None:
     assert main(["verify", job.store.root_uri, "--requeue"]) == 1
     flags = ["--input", str(job.folder / "in"), "--output", job.store.root_uri, "--model", "small"]
     config = parse_arguments([*flags, "--retry-failed", "empty_file,timeout"])
-    specs, before = job.specs(), job.shards()
+    specs = job.specs()
+    planned = Names(spec.shard_id for spec in specs)
     with Progress("plain") as progress:
-        again = _again(job.store, specs, before, config, progress)
+        again = _again(job.store, specs, _before(job.store, specs, config).shards, config, progress)
     assert [(spec.base_id, spec.redo.replaces) for spec in again.specs if spec.redo] == [
         (second, second),
         (first, None),
     ]
-    ledger = _Ledger(list(before), again.specs, again, 0.0, config, RunMetrics())
+    ledger = _Ledger(planned, again.specs, again, 0.0, config, RunMetrics())
     for spec in again.specs:
         ledger.add(spec, job.actor.process(spec, job.manifest), 0)
     number = publish_snapshot(job.store).number
-    counts = counts_of_shards(snapshot_commits(job.store, number))
-    summary = ledger.close(counts, number, True)
+    found = ledger.accounts(partial(snapshot_commits, job.store, number))
+    summary = ledger.close(found, number, True)
     assert (summary.exit_code, summary.num_shards, summary.num_shards_done) == (0, 2, 0)
     assert (summary.num_shards_done_before, summary.num_shards_undone) == (2, 0)
     # Two empty files were tried again: one was mended.
@@ -538,5 +540,5 @@ def test_the_result_line_counts_what_was_done_once_more(job: Job) -> None:
     assert (summary.num_records_repaired, summary.num_inputs_changed) == (1, 1)
     assert (summary.num_videos, summary.num_videos_ok, summary.reasons) == (3, 2, {"empty_file": 1})
     # Left undone, the same is work left.
-    undone = _Ledger(list(before), again.specs, again, 0.0, config, RunMetrics())
-    assert undone.close(counts, number, True).exit_code == 4
+    undone = _Ledger(planned, again.specs, again, 0.0, config, RunMetrics())
+    assert undone.close(found, number, True).exit_code == 4

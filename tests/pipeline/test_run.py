@@ -11,19 +11,22 @@ import re
 import subprocess
 import sys
 import time
+import tracemalloc
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import latents
 import pytest
+from commits import make_commit
 from ray.exceptions import ActorUnavailableError, RayActorError, RayTaskError
 
 import pipeline.run as run
-from pipeline.actors import WorkerFacts, wanted_of_workers
+from pipeline.actors import ShardReport, WorkerFacts, wanted_of_workers
 from pipeline.config import parse_arguments
 from pipeline.errors import StorageError, UsageError
-from pipeline.metrics import RunMetrics
+from pipeline.metrics import STAGES, RunMetrics
+from pipeline.packed import Names, Packed
 from pipeline.progress import Crew, Progress
 from pipeline.records import Redo, ShardSpec
 from pipeline.redo import Retries
@@ -82,18 +85,32 @@ def _spec(number: int) -> ShardSpec:
     )
 
 
+def _report(spec: ShardSpec) -> ShardReport:
+    return ShardReport(
+        shard_id=spec.shard_id,
+        outcome="committed",
+        counts=make_commit().counts,
+        num_bytes_in=1,
+        num_bytes_out=1,
+        timings_s=dict.fromkeys(STAGES, 1.0),
+        busy_share=0.5,
+    )
+
+
 def _dispatch(num_shards: int, said: io.StringIO) -> _Dispatch:
     specs = [_spec(number) for number in range(num_shards)]
     retried = Retries(specs=(), num_videos=0, num_spent=0, refused={})
     again = _Again(num_videos_ok={}, changes=(), retried=retried, repaired=())
-    ledger = _Ledger([s.shard_id for s in specs], specs, again, time.monotonic(), parse_arguments(FLAGS), RunMetrics())
+    planned = Names(spec.shard_id for spec in specs)
+    ledger = _Ledger(planned, specs, again, time.monotonic(), parse_arguments(FLAGS), RunMetrics())
     nothing: Any = None
     return _Dispatch(nothing, nothing, ledger, _Interrupt(), Progress("plain", said), nothing, 1.0)
 
 
 def _hand_out(dispatch: _Dispatch, slot: _Slot) -> _Task:
     """What the next call to an actor would be."""
-    spec = dispatch._waiting.popleft()
+    spec = dispatch._waiting.first()[0]
+    dispatch._waiting.take(spec)
     search = dispatch._searches.get(spec.shard_id)
     return _Task(spec, slot, None if search is None else search.next_part())
 
@@ -252,7 +269,7 @@ def test_a_run_in_which_nothing_succeeds_any_more_stops_with_the_last_error() ->
         dispatch._work()
     assert not dispatch._running, "what was running was not waited for"
     dispatch._ledger.give_up(why)
-    assert (dispatch._ledger.num_left, len(dispatch._ledger.undone)) == (0, 100)
+    assert (dispatch._ledger.num_left, dispatch._ledger.num_undone) == (0, 100)
 
 
 def test_attempts_at_the_same_few_shards_and_bad_shards_side_by_side_end_no_run() -> None:
@@ -263,7 +280,62 @@ def test_attempts_at_the_same_few_shards_and_bad_shards_side_by_side_end_no_run(
             dispatch._note_error(_Task(_spec(number), slot, None), "damaged")
     assert dispatch._why_hopeless() is None
     dispatch._note_error(_Task(_spec(5), slot, None), "damaged")
-    assert int(dispatch._waiting[0].shard_id[1:]) > 40, "the next shard stands beside the bad ones"
+    assert int(dispatch._waiting.first()[0].shard_id[1:]) > 40, "the next shard stands beside the bad ones"
+
+
+def test_shards_that_nobody_holds_wait_in_their_order_and_those_that_came_back_behind_all_others() -> None:
+    specs = [_spec(number) for number in range(1000)]
+    waiting = run._Waiting(specs)
+    assert waiting.first()[0] == specs[0]
+    for number in (1, 0, 2):
+        waiting.take(specs[number])
+    waiting.put_back(specs[1])
+    assert (len(waiting), waiting.first()[0], len(waiting.first())) == (998, specs[3], 100)
+    waiting.turn()
+    # Half of those that were never looked at, 103 to 999, are passed over.
+    assert waiting.first()[0] == specs[103 + 448]
+    order = []
+    while waiting:
+        order.append(waiting.first()[0])
+        waiting.take(order[-1])
+    numbers = [*range(551, 1000), *range(103, 551), *range(3, 103), 1]
+    assert order == [specs[number] for number in numbers]
+
+
+def test_what_a_run_holds_of_shards_that_are_done_is_tens_of_bytes_of_each() -> None:
+    number = 8000
+    again = _Again(
+        num_videos_ok={}, changes=(), retried=Retries(specs=(), num_videos=0, num_spent=0, refused={}), repaired=()
+    )
+    specs = Packed(map(_spec, range(number)))
+    tracemalloc.start()
+    try:
+        planned = Names(spec.shard_id for spec in specs)
+        ledger = _Ledger(planned, specs, again, time.monotonic(), parse_arguments(FLAGS), RunMetrics())
+        waiting = run._Waiting(specs)
+        before = tracemalloc.get_traced_memory()[0]
+        while waiting:
+            spec = waiting.first()[0]
+            waiting.take(spec)
+            ledger.add(spec, _report(spec), 0)
+        held = tracemalloc.get_traced_memory()[0] - before
+    finally:
+        tracemalloc.stop()
+    assert (ledger.num_done, ledger.num_left) == (number, 0)
+    # A name alone takes 100 bytes in a set of Python's, the accounts of a shard 1,500.
+    assert held < 100 * number
+    assert ledger.unseen(spec.shard_id for spec in specs if spec.shard_id != "s7") == ["s7"]
+
+
+def test_a_run_that_gives_up_names_the_first_shards_that_are_undone_and_counts_all() -> None:
+    ledger = _dispatch(1000, io.StringIO())._ledger
+    ledger.add(_spec(1), _report(_spec(1)), 0)
+    ledger.undone["s10"] = "it is damaged"
+    ledger.give_up("the disk is full")
+    found = ledger.summary(4, ledger.accounts(tuple), None, True)
+    assert (ledger.num_undone, ledger.num_left, found.num_shards_done) == (999, 0, 1)
+    assert list(found.undone) == sorted(f"s{number}" for number in range(1000) if number != 1)[:20]
+    assert (found.undone["s0"], found.undone["s10"]) == ("the disk is full", "it is damaged")
 
 
 def test_a_run_in_which_every_attempt_kills_its_worker_stops() -> None:
@@ -602,7 +674,7 @@ def test_the_start_of_ray_and_of_the_encoders_is_no_part_of_a_rate(monkeypatch: 
 
     monkeypatch.setattr(dispatch, "_work", work)
     monkeypatch.setattr(dispatch, "_pool", SimpleNamespace(crew=Crew))
-    monkeypatch.setattr(run, "committed_ids", lambda _: set())
+    monkeypatch.setattr(run, "record_names", lambda _: ())
     dispatch.until_decided()
     assert dispatch._ledger._rate.rates() == (0.2, 2.0)
 

@@ -21,6 +21,7 @@ from simulation.world import World
 import pipeline.collect
 import pipeline.commit as protocol
 from pipeline.errors import ObjectExistsError, OutcomeUnknownError, StorageUnavailableError
+from pipeline.packed import PackedSort
 from pipeline.s3 import S3Store
 from pipeline.storage import ObjectStore
 from pipeline.store import Backoff
@@ -167,7 +168,7 @@ def _only_what_is_new(world: World) -> Iterator[None]:
 
     def merged(store: Any, names: Any, latest: Any) -> Any:
         found = real(store, names, latest)
-        found._segments, found._of_digest, found._last = (), [], {}
+        found._segments, found._noted, found._later = (), PackedSort(), {}
         return found
 
     with patch.object(protocol, "_Merged", merged):
