@@ -267,6 +267,8 @@ def records_of_ordered_repairs(
     store = columns_store(output, name)
     in_repair = (read_shard(store, shard_id) for shard_id in shards_in_repair(output, [name]))
     own = {shard.shard_id: shard for shard in in_repair if shard is not None}
+    if not own:
+        return {}
     ordered = set(ordered_repairs(store, own))
     found: dict[str, str | None] = {}
     for record in (commit for shard in own.values() for commit in shard.commits if name_of(commit) in ordered):

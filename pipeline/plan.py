@@ -227,16 +227,45 @@ _ROUND_KEY = re.compile(r"plans/([^/]+)/round-\d+\.json")
 
 def _read_round(store: ObjectStore, key: str) -> dict[str, Any]:
     try:
-        document: dict[str, Any] = json.loads(store.get(key))
+        document = _parsed_round(store.get(key).decode())
         assert all(isinstance(cut["num_videos"], int) and cut["key"] for cut in document["slices"])
         assert isinstance(document["source"], str)
         assert isinstance(document["covered"], dict)
-    except (ValueError, KeyError, TypeError, AssertionError) as error:
+    except (ValueError, KeyError, IndexError, TypeError, AssertionError) as error:
         raise DamagedObjectError(
             f"{store.url(key)} cannot be read as a round of a plan: {error!r:.200}; restore it, or encode into a new "
             "output"
         ) from error
     return document
+
+
+def _parsed_round(text: str) -> dict[str, Any]:
+    """As `json.loads`; the lists of all files of a folder are packed as they are read."""
+    lists: dict[str, Packed[str]] = {}
+    place = len('{"covered":{')
+    for name in ("files", "versions"):
+        head = f'{"," * bool(lists)}"{name}":['
+        if text.startswith(head, place):
+            lists[name], place = _packed_list(text, place + len(head))
+    if not lists or not text.startswith('{"covered":{'):
+        return dict(json.loads(text))
+    document: dict[str, Any] = json.loads('{"covered":{' + text[place:])
+    document["covered"] |= lists
+    return document
+
+
+def _packed_list(text: str, place: int) -> tuple[Packed[str], int]:
+    """A list of strings whose first one is at this place, and the place behind it."""
+    found = Packed[str]()
+    while text[place] != "]":
+        string, place = _JSON_READER.raw_decode(text, place)
+        found.append(string)
+        if text[place] == ",":
+            place += 1
+    return found, place + 1
+
+
+_JSON_READER = json.JSONDecoder()
 
 
 def infer_passthrough(

@@ -83,12 +83,12 @@ def _begin(sent: Counter[str], work: Work) -> None:
     if work.num_new_slices:
         sent["get"] += work.num_new_slices + work.num_plans
         sent["put"] += work.num_new_slices + work.num_plans
-    for _ in range(1 + work.num_sets):
-        sent["list"] += 2 + _pages(work.num_records)  # snapshots, ordered repairs, records
-        sent["get"] += _snapshot_reads(work.num_published) + work.num_records - (work.num_published or 0)
-        # Created or compared.
-        sent["get"] += 1
-        sent["put"] += int(not work.is_begun)
+    sent["list"] += 2 + _pages(work.num_records)  # snapshots, ordered repairs, records
+    sent["get"] += _snapshot_reads(work.num_published) + work.num_records - (work.num_published or 0)
+    sent["list"] += 2 * work.num_sets  # their ordered repairs
+    # Output and sets are created or compared.
+    sent["get"] += 1 + work.num_sets
+    sent["put"] += int(not work.is_begun) * (1 + work.num_sets)
     if work.num_plans and not work.is_begun:
         sent["get"] += 1  # the first slice, for the columns that pass through
     # `commit.check_store`

@@ -31,7 +31,7 @@ from pipeline.config import SourceConfig
 from pipeline.errors import StorageDeniedError, StorageNotFoundError, UsageError
 from pipeline.inputs import Slice, SliceEntry, read_slice
 from pipeline.packed import Packed
-from pipeline.plan import _json_bytes, changed_inputs, infer_passthrough, plan_shards, planned_slices
+from pipeline.plan import _json_bytes, _parsed_round, changed_inputs, infer_passthrough, plan_shards, planned_slices
 from pipeline.records import ShardSpec
 from pipeline.s3 import S3Store
 from pipeline.storage import InputFile, ObjectInfo, ObjectStore, open_input, open_store
@@ -757,3 +757,20 @@ def test_a_round_is_the_same_json_whether_its_lists_are_packed_or_not() -> None:
             for name, value in document.items()
         }
         assert _json_bytes(packed) == json.dumps(document, sort_keys=True, separators=(",", ":")).encode()
+
+
+@pytest.mark.parametrize("separators", [(",", ":"), (", ", ": ")])
+@pytest.mark.parametrize(
+    "covered",
+    [
+        {"files": [f'{place} \udcff "],' for place in range(600)], "versions": ["1:a|-|-"] * 600},
+        {"files": ["a.mp4"]},
+        {"files": [], "versions": []},
+        {"num_rows": 3, "etag": None},
+        {},
+    ],
+)
+def test_a_round_reads_as_it_was_written_by_any_version(covered: dict[str, Any], separators: tuple[str, str]) -> None:
+    document = {"version": 1, "source": "/in", "covered": covered, "slices": [{"key": "k", "num_videos": 1}]}
+    found = _parsed_round(json.dumps(document, sort_keys=True, separators=separators))
+    assert found == document

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,6 +16,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 from builders import CLIP_STILLS, tar_bytes
+from commits import later_generation, make_commit
 from latents import manifest_of_worker
 
 from pipeline import redo
@@ -24,6 +25,7 @@ from pipeline.audit import audit
 from pipeline.cli import main
 from pipeline.commit import (
     DecidedShard,
+    commit_shard,
     decided_shards,
     known_commits,
     name_of,
@@ -67,8 +69,19 @@ class Job:
     def encode(self, specs: Sequence[ShardSpec]) -> list[str]:
         return [self.actor.process(spec, self.manifest).outcome for spec in specs]
 
-    def retries(self, *reasons: str, max_attempts: int = 3) -> Retries:
+    def before(self, *reasons: str) -> Mapping[str, DecidedShard]:
+        """Of the decided shards those that a run keeps which retries these reasons."""
+        config = replace(self.config, run=replace(self.config.run, retry_failed=reasons))
         specs, shards = self.specs(), self.shards()
+        found = _before(self.store, specs, config)
+        assert len(found.decided) == len(shards)
+        assert all(shard_id in found.decided for shard_id in shards)
+        assert all(shards[shard_id] == shard for shard_id, shard in found.shards.items())
+        assert changed_inputs(specs, found.shards) == changed_inputs(specs, shards)
+        return found.shards
+
+    def retries(self, *reasons: str, max_attempts: int = 3) -> Retries:
+        specs, shards = self.specs(), self.before(*reasons)
         changed: dict[str, list[str]] = {}
         for change in changed_inputs(specs, shards):
             changed.setdefault(change.shard_id, []).append(change.uri)
@@ -76,7 +89,7 @@ class Job:
         return retries(self.store, specs, shards, reasons, max_attempts=max_attempts, changed=changed, cache=cache)
 
     def repairs(self) -> list[ShardSpec]:
-        shards = self.shards()
+        shards = self.before()
         return repairs({spec.shard_id: spec for spec in self.specs()}, shards, ordered_repairs(self.store, shards))
 
     def commits(self) -> dict[str, Commit]:
@@ -542,3 +555,32 @@ def test_the_result_line_counts_what_was_done_once_more(job: Job) -> None:
     # Left undone, the same is work left.
     undone = _Ledger(planned, again.specs, again, 0.0, config, RunMetrics())
     assert undone.close(found, number, True).exit_code == 4
+
+
+def test_a_run_keeps_of_what_is_decided_only_what_it_may_have_to_do_something_about(job: Job) -> None:
+    spec = replace(job.specs()[0], kind="tar", plan_key=None, source_size_bytes=1000, source_etag="a")
+    specs = [replace(spec, shard_id=f"s{number}") for number in range(8)]
+    commits = [make_commit(spec.shard_id, source_etag="a") for spec in specs[:7]]
+    commits[2] = replace(commits[2], source_etag="b")
+    rejected = {"num_videos": 3, "num_videos_rejected": 1}
+    for number, reason in ((3, "timeout"), (4, "too_short")):
+        commits[number] = replace(
+            commits[number], counts=replace(commits[number].counts, **rejected, reasons={reason: 1})
+        )
+    later = [later_generation(commits[number], 1) for number in (5, 6)]
+    rejected["num_videos"] = 4
+    later[0] = replace(later[0], shard_counts=replace(later[0].shard_counts, **rejected, reasons={"timeout": 1}))
+    for commit in commits:
+        commit_shard(job.store, commit)
+    publish_snapshot(job.store)
+    for commit in later:
+        commit_shard(job.store, commit)
+    order_repair(job.store, "s1", ["it is damaged"])
+    specs[0] = replace(specs[0], kind="slice", changed={"/in/a.mp4": "2:b|-|-"})
+    config = replace(job.config, run=replace(job.config.run, retry_failed=("timeout",)))
+    found = _before(job.store, specs, config)
+    # Files of s0 changed, s1 is to be repaired, s2 is another tar now, s3 and at last s5 have what is to be retried.
+    assert sorted(found.shards) == ["s0", "s1", "s2", "s3", "s5"]
+    assert all(job.shards()[shard_id] == shard for shard_id, shard in found.shards.items())
+    assert [commit.generation for commit in found.shards["s5"].commits] == [0, 1]
+    assert ([spec.shard_id in found.decided for spec in specs], found.num_records) == ([True] * 7 + [False], 9)
