@@ -11,8 +11,6 @@ A shard that kills its worker every time is searched for the video that does it 
 from __future__ import annotations
 
 import ctypes
-import logging
-import os
 import signal
 import threading
 import time
@@ -22,25 +20,18 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from heapq import nsmallest
-from ipaddress import ip_address
 from pathlib import Path
 from types import FrameType
 from typing import Any
 from uuid import uuid4
 
 import ray
-from ray._private.authentication.authentication_utils import is_token_auth_enabled
-from ray.exceptions import (
-    ActorDiedError,
-    ActorUnavailableError,
-    RayActorError,
-    RayError,
-    RayTaskError,
-)
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError, RayError, RayTaskError
 
 import cvvae
 from pipeline import sandbox
 from pipeline.actors import Beat, EncodeActor, ShardReport, WorkerFacts, wanted_of_workers
+from pipeline.cluster import connected, has_gpus, in_short, num_places, resources_in_words
 from pipeline.columns import refuse_unknown_columns
 from pipeline.commit import (
     Accounts,
@@ -266,7 +257,8 @@ def run(config: JobConfig, progress: Progress, metrics: RunMetrics) -> RunSummar
         is_trained = None if stored is None else stored.model.is_trained
         return ledger.close(ledger.accounts(partial(snapshot_commits, store, number)), number, is_trained)
     check_store(store, config.run.single_writer)
-    with _interrupts() as interrupt, _ray(config, progress) as inherited:
+    environment = CPU_ENVIRONMENT if _will_encode_on_cpu(config) else {}
+    with _interrupts() as interrupt, connected(config.run.ray_address, environment, progress) as inherited:
         interrupt.install()  # ray.init puts a handler of its own in the place of ours
         pool = _Pool(config, len(todo), inherited, progress, metrics)
         try:
@@ -699,100 +691,11 @@ class _Ledger:
         )
 
 
-@contextmanager
-def _ray(config: JobConfig, progress: Progress) -> Iterator[Mapping[str, str]]:
-    """A connection to the cluster of `ray job submit` or --ray-address, else an embedded Ray that ends with the run.
-
-    Never the address file that an earlier `ray start` left behind: a run on a forgotten cluster surprises. Gives
-    what is known of the environment of its workers.
-    """
-    inherited: Mapping[str, str] = {}
-    if ray.is_initialized():
-        yield inherited
-        return
-    address = config.run.ray_address or os.environ.get("RAY_ADDRESS")
-    # Errors come back with the results; the workers' own output would tear the progress line apart.
-    if address is not None:
-        try:
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-        except (RayError, ConnectionError, RuntimeError) as error:
-            raise UsageError(f"there is no Ray cluster at {address}: {error}") from error
-    else:
-        inherited = CPU_ENVIRONMENT if _will_encode_on_cpu(config) else {}
-        # Nothing large crosses Ray, so that the smallest object store will do.
-        with _environment(inherited):
-            ray.init(
-                address="local",
-                include_dashboard=False,
-                object_store_memory=80 << 20,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-            )
-    progress.say("ray", f"Ray {ray.__version__}, {'cluster ' + address if address else 'embedded'}, {_resources()}")
-    _warn_of_open_cluster(progress)
-    try:
-        yield inherited
-    finally:
-        ray.shutdown()
-
-
 def _will_encode_on_cpu(config: JobConfig) -> bool:
     """Whether no actor of an embedded Ray will have a GPU, as far as that can be told before it has started."""
     if config.run.gpus_per_actor is not None:
         return config.run.gpus_per_actor == 0
     return not any(Path("/dev").glob("nvidia[0-9]*")) and not Path("/dev/kfd").exists()
-
-
-@contextmanager
-def _environment(variables: Mapping[str, str]) -> Iterator[None]:
-    """Variables that the processes started meanwhile have."""
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
-
-
-def _warn_of_open_cluster(progress: Progress) -> None:
-    addresses = sorted({node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]})
-    reachable = [address for address in addresses if not _is_loopback(address)]
-    # A cluster that checks tokens takes no driver without one.
-    if reachable and not is_token_auth_enabled():
-        progress.say(
-            "warning",
-            f"Ray listens on {', '.join(reachable[:3])} without token authentication: whoever reaches it runs code on "
-            "every node. Start the cluster with RAY_AUTH_MODE=token, or keep it in a network of its own",
-        )
-
-
-def _is_loopback(address: str) -> bool:
-    try:
-        return ip_address(address).is_loopback
-    except ValueError:
-        return address == "localhost"
-
-
-def _resources() -> str:
-    total = ray.cluster_resources()
-    cpus, gpus = counted(total.get("CPU", 0), "CPU"), counted(total.get("GPU", 0), "GPU")
-    return f"{cpus}, {gpus} on {counted(len(_nodes()), 'node')}"
-
-
-def _nodes() -> list[Mapping[str, float]]:
-    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
-
-
-def _num_places(num_cpus: int, num_gpus: float) -> int:
-    """Actors of this size that fit on the nodes of now; a rest on one node does not help another."""
-    return sum(
-        int(min(node.get("CPU", 0) // num_cpus, node.get("GPU", 0) / num_gpus + 1e-6 if num_gpus else float("inf")))
-        for node in _nodes()
-    )
 
 
 @dataclass(slots=True)
@@ -858,11 +761,10 @@ class _Pool:
         progress: Progress,
         metrics: RunMetrics,
     ) -> None:
-        has_gpu = ray.cluster_resources().get("GPU", 0) > 0
-        num_gpus = config.run.gpus_per_actor if config.run.gpus_per_actor is not None else float(has_gpu)
+        num_gpus = config.run.gpus_per_actor if config.run.gpus_per_actor is not None else float(has_gpus())
         device_type = "cuda" if num_gpus else "cpu"
         num_cpus = config.encoding.cpus_on(device_type)
-        fitting = _num_places(num_cpus, num_gpus)
+        fitting = num_places(num_cpus, num_gpus)
         if fitting == 0:
             progress.say(
                 "wait", f"no node has {num_cpus} CPUs and {num_gpus:g} GPUs free for an actor; waiting for one"
@@ -920,7 +822,7 @@ class _Pool:
             return
         self._fitted_s = time.monotonic()
         try:
-            fitting = max(1, _num_places(*self._place))
+            fitting = max(1, num_places(*self._place))
         except RayError:
             return  # Ray's head does not answer: its clients end the run when it stays away
         for slot in [
@@ -975,7 +877,7 @@ class _Pool:
                 return facts
             if not is_late and time.monotonic() - began > _PATIENCE_S:
                 is_late = True
-                self._progress.say("wait", f"still waiting for {self._crew}; the cluster has {_resources()}")
+                self._progress.say("wait", f"still waiting for {self._crew}; the cluster has {resources_in_words()}")
         return None
 
     def admit(self, started: Any) -> WorkerFacts | None:
@@ -1011,7 +913,7 @@ class _Pool:
                 self._give_up(slot, _no_start(slot, error))
             else:
                 if slot.num_failed_starts % _TOLD_RETURNS == 1:
-                    self._progress.say("actor", f"encoder {slot.index} does not answer yet: {_in_short(error)}")
+                    self._progress.say("actor", f"encoder {slot.index} does not answer yet: {in_short(error)}")
                 self._start(slot)
             return None
         # A sign of life: one that freezes before its first beat must not be taken for one that waits for a place.
@@ -1143,7 +1045,7 @@ class _Pool:
 
 
 def _no_start(slot: _Slot, error: BaseException) -> str:
-    return f"encoder {slot.index} could not be started {slot.num_failed_starts} times: {_in_short(error)}"
+    return f"encoder {slot.index} could not be started {slot.num_failed_starts} times: {in_short(error)}"
 
 
 def _follow_store_errors(metrics: RunMetrics, source: str, num_repeated: int, num_given_up: int) -> None:
@@ -1443,7 +1345,7 @@ class _Dispatch:
         except RayActorError as error:
             # One that is only out of reach would go on with what it holds, beside what it is given next.
             self._pool.restart(slot, kill=isinstance(error, ActorUnavailableError))
-            self._note_death(task, f"the worker process died: {_in_short(error)}")
+            self._note_death(task, f"the worker process died: {in_short(error)}")
         else:
             slot.num_failed_shards = 0
             self._failed_in_a_row.clear()
@@ -1573,9 +1475,3 @@ def _give_memory_back() -> None:
 
 def _message(error: BaseException) -> str:
     return str(error) if isinstance(error, LatentmillError) else f"{type(error).__name__}: {error}"
-
-
-def _in_short(error: BaseException) -> str:
-    """The first line of an error of Ray, which says what happened, and the last, which says why."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return ": ".join(dict.fromkeys([lines[0], lines[-1]])) if lines else type(error).__name__

@@ -49,6 +49,7 @@ import psutil
 from benchmarks.results import add_results_option, report
 from commits import make_commit
 
+import pipeline.cluster
 import pipeline.plan
 import pipeline.run
 from pipeline.actors import Beat, ShardReport, WorkerFacts
@@ -369,6 +370,7 @@ def measure_run(state: Path, num_shards: int, num_actors: int, num_answers: int,
     stand_in.on_first = first
     with (
         patch.object(pipeline.run, "ray", stand_in),
+        patch.object(pipeline.cluster, "ray", stand_in),
         patch.object(pipeline.run, "open_store", lambda _: store),
         patch.object(pipeline.run, "_publish", timed_publish),
         patch.object(pipeline.run._Dispatch, "until_decided", watched_decide),

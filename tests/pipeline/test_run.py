@@ -397,7 +397,7 @@ def test_the_pool_follows_the_cluster_where_the_number_of_actors_is_left_to_it(
     monkeypatch.setattr(pool, "_add", add)
     monkeypatch.setattr(run.ray, "kill", killed.append)
     room = 3
-    monkeypatch.setattr(run, "_num_places", lambda *_: room)
+    monkeypatch.setattr(run, "num_places", lambda *_: room)
 
     def fit(num_waiting: int) -> list[int]:
         pool._fitted_s = -100.0
@@ -519,7 +519,7 @@ def test_an_actor_on_a_node_with_another_installation_is_not_used_and_ends_nothi
     assert other.handle.num_kills == 1
     assert "on node two is not used: its decoders differ from those of node one" in said.getvalue()
 
-    monkeypatch.setattr(run, "_num_places", lambda *_: 2)
+    monkeypatch.setattr(run, "num_places", lambda *_: 2)
     monkeypatch.setattr(pool, "_add", lambda: pytest.fail("an actor joins where one was given up"))
     pool._place, pool._fitted_s = (1, 0.0), -run._FIT_S
     pool.fit(9)
@@ -609,28 +609,6 @@ def test_a_driver_that_was_frozen_itself_blames_no_actor() -> None:
     assert pool._awake_s <= 100 + run._LONGEST_LOOK_S
 
 
-@pytest.mark.parametrize(
-    ("addresses", "has_token", "is_warned"),
-    [
-        (["127.0.0.1"], False, False),
-        (["127.0.0.1", "10.1.2.3"], False, True),
-        (["10.1.2.3"], True, False),
-        (["fd00::3"], False, True),
-        (["head.internal"], False, True),
-        (["localhost"], False, False),
-    ],
-)
-def test_a_ray_that_others_reach_without_a_token_is_warned_of(
-    addresses: list[str], has_token: bool, is_warned: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    nodes = [{"Alive": True, "NodeManagerAddress": address} for address in addresses]
-    monkeypatch.setattr(run.ray, "nodes", lambda: nodes)
-    monkeypatch.setattr(run, "is_token_auth_enabled", lambda: has_token)
-    said = io.StringIO()
-    run._warn_of_open_cluster(Progress("plain", said))
-    assert ("without token authentication" in said.getvalue()) == is_warned
-
-
 def test_a_storage_error_names_itself_and_a_foreign_error_its_type() -> None:
     assert run._message(StorageError("no space left")) == "no space left"
     assert run._message(OSError("gone")) == "OSError: gone"
@@ -641,17 +619,6 @@ def test_the_driver_does_not_wait_for_torch() -> None:
     subprocess.run(
         [sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     )
-
-
-def test_what_the_workers_of_an_embedded_ray_inherit_is_not_left_in_this_process(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setenv("LATENTMILL_A", "before")
-    monkeypatch.delenv("LATENTMILL_B", raising=False)
-    with run._environment({"LATENTMILL_A": "1", "LATENTMILL_B": "2"}):
-        assert (os.environ["LATENTMILL_A"], os.environ["LATENTMILL_B"]) == ("1", "2")
-    assert os.environ["LATENTMILL_A"] == "before"
-    assert "LATENTMILL_B" not in os.environ
 
 
 def test_workers_are_made_for_the_gpu_that_is_asked_for_and_for_none_where_none_is() -> None:
@@ -691,7 +658,7 @@ def test_an_encoder_whose_node_goes_before_it_is_ready_leaves_its_place_to_the_n
     joined = _Slot(2, _Actor())
     monkeypatch.setattr(pool, "_add", lambda: joined)
     for fitting in (1, 2):
-        monkeypatch.setattr(run, "_num_places", lambda *_, fitting=fitting: fitting)
+        monkeypatch.setattr(run, "num_places", lambda *_, fitting=fitting: fitting)
         pool._fitted_s = -run._FIT_S
         pool.fit(9)
         assert pool.slots == [at_work]
