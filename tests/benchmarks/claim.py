@@ -1,22 +1,25 @@
 """The claim at small scale: a text-to-video model moves into the latents of a compatible video VAE almost for nothing.
 
-    PYTHONPATH=.:tests python tests/benchmarks/claim.py --teacher FOLDER --output FOLDER [--base-steps 720] [--steps 48]
+    PYTHONPATH=.:tests python tests/benchmarks/claim.py --teacher FOLDER --output FOLDER [--base-steps 3000]
 
 Run by `make claim TEACHER=FOLDER`; pytest runs two steps of it. The claim is CV-VAE's (arXiv 2405.20279, section 4.3):
 a model that was trained on an image VAE's latents works on those of a video VAE made compatible with it, after little
 tuning, and makes four times the frames; on an independent video VAE's it does not.
 
-1. Clips of 17 frames of one coloured shape that moves, with a caption, drawn by a seed.
-2. A small `UNet3DConditionModel` is trained on the *image* VAE's latents of frames 0, 4, 8, ...: the base.
+1. Clips of 17 frames with captions: *shapes*, one coloured shape that moves, drawn by a seed; and *real* ones, crops of
+   the videos in tests/data/clips, which neither video VAE was trained on.
+2. For each of these subjects a small `UNet3DConditionModel` is trained on the *image* VAE's latents of frames 0, 4, 8,
+   ...: the base.
 3. It is moved to the latents of whole clips of (a) `compatible`, a video VAE made for that image VAE, and (b) `other`,
    one of the same architecture trained without regularisation; each with the output layer alone and as a whole, with
    the same steps, rates, noise and clips. The scale and shift of (b) are set so that its latents have the mean and
    deviation of (a)'s, as its owner would set them.
 
-Measured: the validation loss (v-prediction, fixed noise, clips that are not trained on) against step; and videos of
-the validation captions: whether the asked colour is seen, and moves as asked. Every run is one of
-`jobs/finetune_t2v.py`; finished ones are kept, and the same command goes on. Captions are embedded by a fixed vector a
-word: a text encoder would learn nothing here.
+Measured: the validation loss (v-prediction, fixed noise, clips that are not trained on) against step; what the image
+decoder makes of each space's latents; and videos: of shapes for the validation captions, judged by whether the asked
+colour is seen, and moves as asked; of real clips for captions that were trained on, for people to look at. Every run is
+one of `jobs/finetune_t2v.py`; finished ones are kept, and the same command goes on. Captions are embedded by a fixed
+vector a word: a text encoder would learn nothing here. `time.json` has the seconds of every command that worked on it.
 """
 
 from __future__ import annotations
@@ -25,19 +28,26 @@ import argparse
 import dataclasses
 import hashlib
 import json
+import resource
 import shutil
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import torch
+from builders import CLIP_VIDEOS
 from latents import MODEL, commit_records, manifest, record
+from PIL import Image
+from results import circumstances
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 import cvvae
 from cvvae.teachers import FrozenTeacher, load_teacher
@@ -73,6 +83,10 @@ COLOURS = {
 SHAPES = ("circle", "square", "triangle")
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 _GROUND = (28, 28, 32)
+# Of the real videos those that are validated on.
+_HELD_OUT_VIDEOS = ("bunny_face", "city_waves")
+# Every third frame of 25 a second.
+_REAL_STEP = 3
 _DIM = 32
 _FRAMES = 17
 _FPS = 8.0
@@ -83,16 +97,29 @@ _SHOWN_AT = (0, 1 / 6, 1 / 3, 1 / 2, 1)
 
 @dataclasses.dataclass(frozen=True)
 class Clip:
-    """uint8 frames (17, side, side, 3) and what they show."""
+    """uint8 frames (17, side, side, 3) and what they show; colour and direction of shapes only."""
 
     frames: Frames
-    colour: str
-    shape: str
-    direction: str
+    caption: str
+    colour: str | None = None
+    direction: str | None = None
 
-    @property
-    def caption(self) -> str:
-        return f"a {self.colour} {self.shape} moves {self.direction}"
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """What one base is trained on.
+
+    Attributes:
+        asked: the captions that videos are made for.
+        is_judged: what the videos show can be told from their captions.
+    """
+
+    name: str
+    train: Sequence[Clip]
+    held_out: Sequence[Clip]
+    asked: Sequence[Clip]
+    base_steps: int
+    is_judged: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,44 +140,132 @@ class Space:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs what is not finished yet, then prints the table and draws the sheet; returns the exit code."""
+    """Runs what is not finished yet, then prints the tables and draws the sheets; returns the exit code."""
     arguments = _parser().parse_args(argv)
     torch.set_num_threads(arguments.threads)
     output: Path = arguments.output
     output.mkdir(parents=True, exist_ok=True)
-    began_s = time.perf_counter()
     teacher = load_teacher(str(arguments.teacher))
-    train, held_out = draw_clips(arguments.clips, arguments.size, 1), draw_clips(arguments.held_out, arguments.size, 2)
-    spaces = make_spaces(teacher, arguments, train)
-    facts = {}
-    for name, space in spaces.items():
-        for part, clips in (("train", train), ("held-out", held_out)):
-            write_output(output / "latents" / f"{name}-{part}", space, clips, name)
-        facts[name] = statistics_of(encode(space, held_out), encode(spaces["image"], held_out))
-        print(f"{name}: {facts[name]}", flush=True)
     (output / "model").mkdir(exist_ok=True)
     config = output / "model" / "config.json"
     config.write_text(json.dumps(model_config(teacher.latent_channels, arguments.size, arguments.width), indent=1))
-    base = output / "base"
-    if not tuned(base, "image", arguments, ["--model-config", str(config), "--tune", "all"], is_base=True):
-        return 1
-    for name in ("compatible", "other"):
-        for tune in TUNES:
-            how = ["--model", str(base / "final"), "--tune", tune]
-            if not tuned(output / f"{name}-{tune}", name, arguments, how, is_base=False):
-                return 1
-    results = collect(output, spaces, held_out, arguments)
+    documents, tables = {}, []
+    for subject in subjects(arguments):
+        root = output / subject.name
+        with _timed(output, f"{subject.name}: latents"):
+            spaces = make_spaces(teacher, arguments, subject.train)
+            facts = {name: facts_of(space, spaces["image"], subject.held_out) for name, space in spaces.items()}
+            for name, space in spaces.items():
+                for part, clips in (("train", subject.train), ("held-out", subject.held_out)):
+                    write_output(root / "latents" / f"{name}-{part}", space, clips, name)
+                print(f"{subject.name}, {name}: {facts[name]}", flush=True)
+        for run in RUNS:
+            with _timed(output, f"{subject.name}: {run.folder}"):
+                start = ["--model", str(root / "base" / "final")]
+                start = ["--model-config", str(config)] if run.folder == "base" else start
+                if not tuned(root, run, [*start, "--tune", run.tune], subject, arguments):
+                    return 1
+        with _timed(output, f"{subject.name}: videos"):
+            found = collect(root, spaces, subject, arguments)
+        documents[subject.name] = {"latents": facts, "runs": found}
+        tables.append(render(found, facts, subject))
+    took = time_of(output)
     document = {
         "settings": {key: str(value) for key, value in sorted(vars(arguments).items())},
-        "latents": facts,
-        "runs": results,
-        "seconds_of_this_command": round(time.perf_counter() - began_s),
+        **circumstances(),
+        "subjects": documents,
+        "time": took,
     }
     (output / "claim.json").write_text(json.dumps(document, indent=2) + "\n")
-    table = render(results)
-    (output / "claim.md").write_text(table)
-    print(table)
+    said = (
+        f"All commands together: {took['wall_s'] / 60:.1f} minutes by the clock, {took['cpu_s'] / 60:.1f} of processor."
+    )
+    text = "\n".join([*tables, said]) + "\n"
+    (output / "claim.md").write_text(text)
+    print(text)
     return 0
+
+
+@contextmanager
+def _timed(output: Path, part: str) -> Iterator[None]:
+    """Adds what a part takes to `time.json`; what is killed on the way is not in it."""
+    began_s, cpu_began_s = time.perf_counter(), _cpu_s()
+    yield
+    path = output / "time.json"
+    spent = json.loads(path.read_text()) if path.exists() else []
+    spent.append(
+        {"part": part, "wall_s": round(time.perf_counter() - began_s, 2), "cpu_s": round(_cpu_s() - cpu_began_s, 2)}
+    )
+    path.write_text(json.dumps(spent, indent=1) + "\n")
+
+
+def _cpu_s() -> float:
+    """Of this process and the children that it has waited for."""
+    spent = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in spent)
+
+
+def time_of(output: Path) -> dict[str, Any]:
+    """Seconds by the clock and of the processor: of all commands that worked on an output, and by part."""
+    parts: dict[str, dict[str, float]] = {}
+    for row in json.loads((output / "time.json").read_text()):
+        part = parts.setdefault(row["part"], {"wall_s": 0.0, "cpu_s": 0.0})
+        for name in part:
+            part[name] = round(part[name] + row[name], 2)
+    return {name: round(sum(part[name] for part in parts.values()), 1) for name in ("wall_s", "cpu_s")} | {
+        "parts": parts
+    }
+
+
+def subjects(arguments: argparse.Namespace) -> list[Subject]:
+    """Shapes, and real clips."""
+    shapes = draw_clips(arguments.held_out, arguments.size, 2)
+    real = cut_clips(arguments.real_clips, arguments.size, 1, is_held_out=False)
+    return [
+        Subject(
+            "shapes",
+            draw_clips(arguments.clips, arguments.size, 1),
+            shapes,
+            shapes[: arguments.videos],
+            arguments.base_steps,
+            is_judged=True,
+        ),
+        Subject(
+            "real",
+            real,
+            cut_clips(arguments.held_out, arguments.size, 2, is_held_out=True),
+            real[: arguments.shown],
+            arguments.real_base_steps,
+            is_judged=False,
+        ),
+    ]
+
+
+def cut_clips(count: int, side_px: int, seed: int, *, is_held_out: bool) -> list[Clip]:
+    """Crops of the real videos, mirrored or not, from anywhere in them; each video equally often."""
+    rng = np.random.default_rng(seed)
+    paths = [path for path in CLIP_VIDEOS if (path.stem in _HELD_OUT_VIDEOS) == is_held_out]
+    # Another order than by name, which puts those of one scene side by side.
+    paths = [paths[index] for index in np.random.default_rng(7).permutation(len(paths))][:count]
+    videos = [(_frames(path, side_px * 3 // 2), path.with_suffix(".txt").read_text().strip()) for path in paths]
+    clips = []
+    for number in range(count):
+        frames, caption = videos[number % len(videos)]
+        length, height, width = frames.shape[:3]
+        start = rng.integers(length - (_FRAMES - 1) * _REAL_STEP)
+        top, left = rng.integers(height - side_px + 1), rng.integers(width - side_px + 1)
+        cut = frames[start::_REAL_STEP][:_FRAMES, top : top + side_px, left : left + side_px]
+        clips.append(Clip(np.ascontiguousarray(cut[:, :, ::-1] if rng.integers(2) else cut), caption))
+    return clips
+
+
+def _frames(path: Path, short_px: int) -> Frames:
+    """All frames of a video (T, H, W, 3), the shorter side of so many pixels."""
+    with av.open(str(path)) as container:
+        pictures = [frame.to_image() for frame in container.decode(video=0)]
+    scale = short_px / min(pictures[0].size)
+    size = round(pictures[0].width * scale), round(pictures[0].height * scale)
+    return np.stack([np.asarray(picture.resize(size, Image.Resampling.BOX)) for picture in pictures])
 
 
 def draw_clips(count: int, side_px: int, seed: int) -> list[Clip]:
@@ -171,7 +286,7 @@ def draw_clip(colour: str, shape: str, direction: str, side_px: int, rng: np.ran
     middle = side_px / 2 + rng.uniform(-1, 1, 2) * room
     places = [middle + step * way * (t / (_FRAMES - 1) - 0.5) for t in range(_FRAMES)]
     frames = np.stack([_draw(shape, COLOURS[colour], x, y, radius, side_px) for x, y in places])
-    return Clip(frames=frames, colour=colour, shape=shape, direction=direction)
+    return Clip(frames, f"a {colour} {shape} moves {direction}", colour, direction)
 
 
 def _draw(shape: str, colour: tuple[int, int, int], x: float, y: float, radius: float, side_px: int) -> Frames:
@@ -229,6 +344,26 @@ def encode(space: Space, clips: Sequence[Clip]) -> Tensor:
     return torch.cat(found)
 
 
+def facts_of(space: Space, image: Space, clips: Sequence[Clip]) -> dict[str, float]:
+    """Statistics of a space's latents, and what its own decoder and the image decoder make of them, in dB."""
+    latents = encode(space, clips)
+    scaled = (latents - space.shift_factor) * space.scaling_factor
+    frames = [clip.frames for clip in clips]
+    # In the image VAE's space there are frames 0, 4, 8, ... only, in both cases.
+    own = [shown[::4] for shown in frames] if space.name == image.name else frames
+    return {
+        **statistics_of(latents, encode(image, clips)),
+        "own_decoder_db": _psnr(space.frames(scaled), own),
+        "image_decoder_db": _psnr(image.frames(scaled), [shown[::4] for shown in frames]),
+    }
+
+
+def _psnr(videos: Sequence[Frames], wanted: Sequence[Frames]) -> float:
+    """The mean over videos of that over their frames together."""
+    errors = [np.square(a.astype(np.float32) - b).mean() for a, b in zip(videos, wanted, strict=True)]
+    return round(float(np.mean([10 * np.log10(255**2 / max(error, 1e-3)) for error in errors])), 2)
+
+
 def statistics_of(latents: Tensor, image: Tensor) -> dict[str, float]:
     """Mean, deviation, and the mean correlation of the channels with the image VAE's latents of the same clips."""
     ours, theirs = (x.transpose(0, 1).flatten(1) for x in (latents, image))
@@ -280,7 +415,7 @@ def write_captions(store: ObjectStore, commit: Commit) -> None:
         weights_sha256="00" * 32,
         embedding_dim=_DIM,
         embedding_dtype="float16",
-        max_length=16,
+        max_length=64,
     )
     texts = columns_store(store, "text")
     open_columns(texts, about)
@@ -316,19 +451,33 @@ def model_config(channels: int, side_px: int, width: int) -> dict[str, Any]:
     }
 
 
-def tuned(folder: Path, space: str, arguments: argparse.Namespace, how: Sequence[str], *, is_base: bool) -> bool:
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One run of the tuning job: its folder, the latents that it learns, and what of the model learns."""
+
+    folder: str
+    space: str
+    tune: str
+
+
+RUNS = (
+    Run("base", "image", "all"),
+    *(Run(f"{space}-{tune}", space, tune) for space in ("compatible", "other") for tune in TUNES),
+)
+
+
+def tuned(root: Path, run: Run, how: Sequence[str], subject: Subject, arguments: argparse.Namespace) -> bool:
     """One run of the tuning job; whether it is done."""
-    latents = arguments.output / "latents"
-    tune = how[how.index("--tune") + 1]
-    steps = arguments.base_steps if is_base else arguments.steps
+    is_base, tune, space = run.folder == "base", run.tune, run.space
+    steps = subject.base_steps if is_base else arguments.steps
     lr = arguments.base_lr if is_base else arguments.lr if tune == "all" else arguments.output_lr
-    every = 60 if is_base else max(1, steps // 6)
-    print(f"{folder.name}: {steps} steps", flush=True)
+    every = max(60, steps // 20) if is_base else max(1, steps // 12)
+    print(f"{subject.name}, {run.folder}: {steps} steps", flush=True)
     given = {
-        "latents": latents / f"{space}-train",
-        "validation": latents / f"{space}-held-out",
+        "latents": root / "latents" / f"{space}-train",
+        "validation": root / "latents" / f"{space}-held-out",
         "validation-clips": arguments.held_out,
-        "output": folder,
+        "output": root / run.folder,
         "prediction": "v_prediction",
         "steps": steps,
         "batch-size": arguments.batch,
@@ -348,32 +497,42 @@ def tuned(folder: Path, space: str, arguments: argparse.Namespace, how: Sequence
 
 
 def collect(
-    output: Path, spaces: Mapping[str, Space], held_out: Sequence[Clip], arguments: argparse.Namespace
+    root: Path, spaces: Mapping[str, Space], subject: Subject, arguments: argparse.Namespace
 ) -> list[dict[str, Any]]:
     """Losses and videos of every run; draws the sheet."""
-    asked = held_out[: arguments.videos]
-    shown = asked[: arguments.shown]
+    shown = subject.asked[: arguments.shown]
     results = []
-    pictures: list[Row] = []
-    runs = [("base", "image", output / "base", "the base in the image VAE's latents, every fourth frame")]
+    pictures = [] if subject.is_judged else _seen_by_the_image_decoder(spaces, shown)
+    runs = [("base", "image", "base", "the base in the image VAE's latents, every fourth frame")]
     for name in ("compatible", "other"):
-        runs.append((f"{name}, not tuned", name, output / "base", f"{name}: not tuned"))
-        runs += [(f"{name}, {t}", name, output / f"{name}-{t}", f"{name}: {t} tuned") for t in TUNES]
+        runs.append((f"{name}, not tuned", name, "base", f"{name}: not tuned"))
+        runs += [(f"{name}, {t}", name, f"{name}-{t}", f"{name}: {t} tuned") for t in TUNES]
     for label, space, folder, title in runs:
-        videos = make_videos(folder / "final", spaces[space], asked, arguments)
-        rows = [json.loads(line) for line in (folder / "validation.jsonl").read_text().splitlines()]
-        if label.endswith("not tuned"):
-            rows = [json.loads((output / f"{space}-{TUNES[0]}" / "validation.jsonl").read_text().splitlines()[0])]
-        results.append({"run": label, "validation": rows, **judge(videos, asked)})
-        print(f"{label}: {judge(videos, asked)}", flush=True)
-        places = spread(len(videos[0]), 5)
-        pictures.append(Row(label=title, pictures=[v[p] for v in videos[: len(shown)] for p in places]))
-    real = {name: judge(_round_trip(spaces[name], asked), asked) for name in spaces}
-    results.append({"run": "real clips through each VAE", "validation": [], **real["image"], "by_space": real})
-    captions = ", ".join(clip.caption for clip in shown)
-    sheet = grid(f"five frames each: {captions}", pictures, height_px=64)
-    sheet.save(output / "claim.jpg", quality=88)
+        videos = make_videos(root / folder / "final", spaces[space], subject.asked, arguments)
+        losses = root / (f"{space}-{TUNES[0]}" if label.endswith("not tuned") else folder) / "validation.jsonl"
+        rows = [json.loads(line) for line in losses.read_text().splitlines()]
+        found = {"run": label, "validation": rows[:1] if label.endswith("not tuned") else rows}
+        results.append(found | (judge(videos, subject.asked) if subject.is_judged else {}))
+        pictures.append(_row(title, videos[: len(shown)]))
+    if subject.is_judged:
+        real = {name: judge(_round_trip(spaces[name], subject.asked), subject.asked) for name in spaces}
+        results.append({"run": "the clips through each VAE", "validation": [], "by_space": real})
+    title = "; ".join(clip.caption for clip in shown)
+    grid(f"five frames each: {title}", pictures, height_px=64).save(root / "claim.jpg", quality=88)
     return results
+
+
+def _row(label: str, videos: Sequence[Frames]) -> Row:
+    return Row(label=label, pictures=[video[place] for video in videos for place in spread(len(video), 5)])
+
+
+def _seen_by_the_image_decoder(spaces: Mapping[str, Space], clips: Sequence[Clip]) -> list[Row]:
+    """Clips, and what the image decoder makes of their latents of each space."""
+    rows = [_row("clips that were trained on", [clip.frames for clip in clips])]
+    for name, space in spaces.items():
+        scaled = (encode(space, clips) - space.shift_factor) * space.scaling_factor
+        rows.append(_row(f"the image decoder on their {name} latents", spaces["image"].frames(scaled)))
+    return rows
 
 
 def _round_trip(space: Space, clips: Sequence[Clip]) -> list[Frames]:
@@ -385,9 +544,9 @@ def make_videos(model: Path, space: Space, clips: Sequence[Clip], arguments: arg
     """A video for the caption of each clip, by the model in a folder."""
     loaded = load_model(str(model), None)
     network = loaded.model.eval()
-    texts = [embed(clip.caption) for clip in clips]
-    text = torch.from_numpy(np.stack(texts).astype(np.float32))
-    conditions = Conditions(text=text, text_mask=torch.ones(text.shape[:2], dtype=torch.bool))
+    texts = [torch.from_numpy(embed(clip.caption).astype(np.float32)) for clip in clips]
+    masks = [torch.ones(len(text), dtype=torch.bool) for text in texts]
+    conditions = Conditions(text=pad_sequence(texts, batch_first=True), text_mask=pad_sequence(masks, batch_first=True))
     side = arguments.size // 8
     latents = sample_latents(
         network,
@@ -437,28 +596,34 @@ def _direction(area: np.ndarray[Any, np.dtype[np.bool_]]) -> str | None:
     return max(DIRECTIONS, key=lambda name: float(way @ np.array(DIRECTIONS[name])))
 
 
-def render(results: Sequence[Mapping[str, Any]]) -> str:
-    """Validation loss by step, and what the videos show."""
+def render(results: Sequence[Mapping[str, Any]], facts: Mapping[str, Mapping[str, float]], subject: Subject) -> str:
+    """Validation loss by step, what the videos show, and what the image decoder sees."""
     by_run = {result["run"]: result for result in results}
     base = by_run["base"]["validation"][-1]["loss"]
     steps = [row["step"] for row in by_run[f"compatible, {TUNES[0]}"]["validation"]]
     shown = sorted({steps[round(share * (len(steps) - 1))] for share in _SHOWN_AT})
-    head = ["moved to, tuned", *(f"step {step}" for step in shown), "colour", "colour and motion"]
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    blank = " | ".join("" for _ in shown[1:])
-    said = by_run["base"]
-    lines.append(f"| the base itself, image latents | {base:.3f} | {blank} | {_shares(said)} |")
+    head = ["moved to, tuned", *(f"step {step}" for step in shown)]
+    head += ["colour", "colour and motion"] if subject.is_judged else []
+
+    def line(label: str, cells: Sequence[str], said: Mapping[str, Any]) -> str:
+        cells = [*cells, *[""] * (len(shown) - len(cells)), *(_shares(said) if subject.is_judged else [])]
+        return f"| {' | '.join([label, *cells])} |"
+
+    lines = [f"{subject.name}: {subject.base_steps} steps of the base", "", f"| {' | '.join(head)} |"]
+    lines += ["|---" * len(head) + "|", line("the base itself, image latents", [f"{base:.3f}"], by_run["base"])]
     for name in ("compatible", "other"):
         said = by_run[f"{name}, not tuned"]
-        lines.append(f"| {name}, not tuned | {said['validation'][0]['loss']:.3f} | {blank} | {_shares(said)} |")
+        lines.append(line(f"{name}, not tuned", [f"{said['validation'][0]['loss']:.3f}"], said))
         for tune in TUNES:
             said = by_run[f"{name}, {tune}"]
             losses = {row["step"]: row["loss"] for row in said["validation"]}
-            cells = " | ".join(f"{losses[step]:.3f}" for step in shown)
-            lines.append(f"| {name}, {tune} | {cells} | {_shares(said)} |")
-    real = by_run["real clips through each VAE"]["by_space"]
-    ceiling = ", ".join(f"{name} {_shares(values)}" for name, values in real.items())
-    lines += ["", f"Colour, and colour and motion, of the clips themselves through each VAE: {ceiling}."]
+            lines.append(line(f"{name}, {tune}", [f"{losses[step]:.3f}" for step in shown], said))
+    if subject.is_judged:
+        real = by_run["the clips through each VAE"]["by_space"]
+        ceiling = ", ".join(f"{name} {' and '.join(_shares(values))}" for name, values in real.items())
+        lines += ["", f"Colour, and colour and motion, of the clips themselves through each VAE: {ceiling}."]
+    seen = ", ".join(f"{name} {fact['image_decoder_db']:.1f} dB" for name, fact in facts.items())
+    lines += ["", f"The image decoder on the latents of held-out clips, frames 0, 4, 8, ...: {seen}."]
     return "\n".join([*lines, *verdicts(by_run)]) + "\n"
 
 
@@ -483,8 +648,8 @@ def verdicts(by_run: Mapping[str, Mapping[str, Any]]) -> list[str]:
     ]
 
 
-def _shares(values: Mapping[str, Any]) -> str:
-    return f"{values['colour']:.0%} | {values['colour_and_motion']:.0%}"
+def _shares(values: Mapping[str, Any]) -> list[str]:
+    return [f"{values['colour']:.0%}", f"{values['colour_and_motion']:.0%}"]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -493,13 +658,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--compatible", default="small", help="video VAE made compatible with the image VAE")
     parser.add_argument("--other", type=Path, default=_ROOT / "tests" / "data" / "unregularised")
-    parser.add_argument("--clips", type=int, default=432, help="to train on")
+    parser.add_argument("--clips", type=int, default=1296, help="shapes to train on")
+    parser.add_argument("--real-clips", type=int, default=640, help="crops of real videos to train on")
     parser.add_argument("--held-out", type=int, default=16, help="to validate on, and captions of the videos")
     parser.add_argument("--size", type=int, default=48, help="side in pixels")
     parser.add_argument("--width", type=int, default=32, help="channels of the model's first level")
-    parser.add_argument("--base-steps", type=int, default=720)
-    parser.add_argument("--steps", type=int, default=48, help="of each tuning")
-    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--base-steps", type=int, default=3000, help="on shapes")
+    parser.add_argument("--real-base-steps", type=int, default=1500, help="on real clips")
+    parser.add_argument("--steps", type=int, default=96, help="of each tuning")
+    parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--base-lr", type=float, default=1.5e-3)
     parser.add_argument("--lr", type=float, default=5e-4, help="of tuning all")
     parser.add_argument("--output-lr", type=float, default=2e-3, help="of tuning the output layer")
