@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -224,6 +225,22 @@ def test_a_tuning_killed_and_resumed_gives_the_same_to_the_bit(latents: Path, tm
     assert rows(output)[-1].keys() == {"step", "lr", "loss", "gradient_norm", "skipped"}
 
 
+def test_what_comes_out_is_the_moving_average_and_no_step_sees_it(
+    latents: Path, tmp_path: Path, started: dict[str, Path]
+) -> None:
+    how = ["--model", str(started["text"]), "--tune", "output-layer"]
+    for name, more in {"1": ["--steps", "1"], "2": ["--steps", "2"], "ema": ["--steps", "2"]}.items():
+        decay = ["--ema-decay", "0.05"] if name == "ema" else []
+        assert main(flags(latents, tmp_path / name, *how, *more, *decay)) == 0
+    assert (tmp_path / "ema" / "losses.jsonl").read_bytes() == (tmp_path / "2" / "losses.jsonl").read_bytes()
+    before, first, second, average = (
+        weights(folder)["conv_out.weight"]
+        for folder in (started["text"], *(tmp_path / name / "final" for name in ("1", "2", "ema")))
+    )
+    torch.testing.assert_close(average, 0.05 * (0.05 * before + 0.95 * first) + 0.95 * second, rtol=1e-5, atol=1e-7)
+    assert not torch.equal(average, second)
+
+
 def test_the_validation_is_the_same_whatever_was_drawn_before(latents: Path, tmp_path: Path) -> None:
     config = model_config(tmp_path, "text")
     how = ["--model-config", str(config), "--tune", "all", "--steps", "1", "--validation", str(latents)]
@@ -312,6 +329,19 @@ def test_latents_of_another_scale_than_the_models_image_vae_are_refused(
     (pipeline / "vae" / "config.json").write_text('{"scaling_factor": 0.18215}')
     assert main(flags(latents, tmp_path / "out", "--model", str(pipeline), "--steps", "1")) == 2
     assert "scale and shift 0.18215, 0" in capsys.readouterr().err
+
+
+def test_latents_that_were_scaled_by_a_wrong_factor_are_refused(
+    latents: Path, tmp_path: Path, started: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    scaled = tmp_path / "latents"
+    shutil.copytree(latents, scaled)
+    about = json.loads((scaled / "_dataset.json").read_text())
+    about["model"]["scaling_factor"] *= 100
+    (scaled / "_dataset.json").write_text(json.dumps(about))
+    assert main(flags(scaled, tmp_path / "out", "--model", str(started["text"]), "--steps", "1")) == 2
+    assert "a diffusion model takes about 1 (0.2 to 5.0)" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "losses.jsonl").exists()
 
 
 def test_images_are_no_data_for_an_image_to_video_model(

@@ -2,8 +2,8 @@
 project; nothing that looks whole before it is; nothing of others touched.
 
 FastVideo does not install beside the rest: its files are compared with its published schema and read as its reader
-reads them. Tars are read by stock webdataset, and by Energon in test_energon.py where that is installed; what is made
-for the hub is read by datasets.
+reads them, and by that reader in test_fastvideo.py where its wheel is at hand. Tars are read by stock webdataset, and
+by Energon in test_energon.py where that is installed; what is made for the hub is read by datasets.
 """
 
 from __future__ import annotations
