@@ -33,7 +33,8 @@ ablation: .venv/installed-test
 	@test -n "$(TEACHER)" || { echo "make ablation needs TEACHER=FOLDER, a frozen image VAE such as TAEF2" >&2; exit 2; }
 	.venv/bin/python tests/benchmarks/ablation.py --teacher "$(TEACHER)" --output ablation-output $(FLAGS)
 
-# make claim TEACHER=FOLDER, the image VAE that `small` was made for (TAEF2). What is finished is kept.
+# make claim TEACHER=FOLDER, the image VAE that `small` was made for (TAEF2). About 35 minutes of one core; what is
+# finished is kept, claim-output/claim.md has the tables, and time.json what each part took.
 claim: .venv/installed-test
 	@test -n "$(TEACHER)" || { echo "make claim needs TEACHER=FOLDER, the image VAE TAEF2" >&2; exit 2; }
 	PYTHONPATH="$(CURDIR):$(CURDIR)/tests" .venv/bin/python tests/benchmarks/claim.py --teacher "$(TEACHER)" --output claim-output $(FLAGS)

@@ -151,6 +151,8 @@ def main(argv: Sequence[str]) -> int:
     config.write_text(json.dumps(model_config(teacher.latent_channels, arguments.size, arguments.width), indent=1))
     documents, tables = {}, []
     for subject in subjects(arguments):
+        if subject.name not in arguments.subjects:
+            continue
         root = output / subject.name
         with _timed(output, f"{subject.name}: latents"):
             spaces = make_spaces(teacher, arguments, subject.train)
@@ -658,6 +660,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--compatible", default="small", help="video VAE made compatible with the image VAE")
     parser.add_argument("--other", type=Path, default=_ROOT / "tests" / "data" / "unregularised")
+    parser.add_argument("--subjects", nargs="+", choices=("shapes", "real"), default=("shapes", "real"))
     parser.add_argument("--clips", type=int, default=1296, help="shapes to train on")
     parser.add_argument("--real-clips", type=int, default=640, help="crops of real videos to train on")
     parser.add_argument("--held-out", type=int, default=16, help="to validate on, and captions of the videos")

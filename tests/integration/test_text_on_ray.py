@@ -56,13 +56,14 @@ def _run(flags: list[str], env: Mapping[str, str], folder: Path) -> Outcome:
         return job.end()
 
 
+@pytest.mark.timeout(600)
 def test_an_actor_that_is_killed_loses_nothing_and_the_bytes_are_those_of_one_process(
     latents: Path, wanted: dict[str, str], ray_home: Mapping[str, str], tmp_path: Path
 ) -> None:
     root = tmp_path / "out"
     shutil.copytree(latents, root)
     with RunningJob([*_flags(root), "--num-actors", "2"], ray_home, tmp_path, script=SCRIPT) as job:
-        job.wait_until(lambda: _covered(root) > 0, "the first record of the set")
+        job.wait_until(lambda: _covered(root) > 0, "the first record of the set", 250)
         first, *_ = job.find("ray::TextActor")
         first.send_signal(signal.SIGKILL)
         num_covered = _covered(root)
@@ -89,6 +90,23 @@ def test_a_run_on_ray_with_nothing_to_do_changes_nothing_and_refuses_another_enc
     assert (nowhere.code, nowhere.result["error"]) == (2, "UsageError"), nowhere.said
     no_gpu = _run([*_flags(root), "--device", "cuda", "--num-actors", "1"], ray_home, tmp_path)
     assert (no_gpu.code, no_gpu.result["error"]) == (2, "UsageError"), no_gpu.said
+    assert data_digests(str(root / "columns" / "text")) == wanted
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_run_on_ray_that_is_interrupted_says_so_and_one_process_ends_what_is_left(
+    latents: Path, wanted: dict[str, str], ray_home: Mapping[str, str], tmp_path: Path
+) -> None:
+    root = tmp_path / "out"
+    shutil.copytree(latents, root)
+    with RunningJob([*_flags(root), "--num-actors", "1"], ray_home, tmp_path, script=SCRIPT) as job:
+        job.wait_until(lambda: _covered(root) > 0, "the first record of the set", 250)
+        job.process.send_signal(signal.SIGTERM)
+        outcome = job.end()
+    assert (outcome.code, outcome.result["exit_code"]) == (130, 130), outcome.said
+    assert 0 < _covered(root) < NUM_SHARDS
+    assert main(_flags(root)) == 0
     assert data_digests(str(root / "columns" / "text")) == wanted
 
 
