@@ -33,6 +33,7 @@ import shutil
 import statistics
 import sys
 import tempfile
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -519,8 +520,9 @@ def collect(
     if subject.is_judged:
         real = {name: judge(_round_trip(spaces[name], subject.asked), subject.asked) for name in spaces}
         results.append({"run": "the clips through each VAE", "validation": [], "by_space": real})
-    title = "; ".join(clip.caption for clip in shown)
-    grid(f"five frames each: {title}", pictures, height_px=64).save(root / "claim.jpg", quality=88)
+    # No wider than the pictures.
+    title = textwrap.shorten("five frames each: " + "; ".join(clip.caption for clip in shown), 48 * len(shown))
+    grid(title, pictures, height_px=64).save(root / "claim.jpg", quality=88)
     return results
 
 
