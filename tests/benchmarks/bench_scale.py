@@ -42,12 +42,14 @@ from random import Random
 from typing import Any
 from unittest.mock import patch
 
+# The root comes first in the path: there are folders of tests named as the packages are.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import latents
 import psutil
-from benchmarks.results import add_results_option, report
 from commits import make_commit
+from results import add_results_option, report
 
 import pipeline.cluster
 import pipeline.plan
