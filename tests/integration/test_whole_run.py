@@ -211,7 +211,7 @@ def test_a_job_submitted_to_two_nodes_writes_the_same_bytes_to_s3_with_four_acto
     env = {**ray_home, **s3_env.env, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16)}
     job = [*_flags(shards, output), "--num-actors", "4", "--cpus-per-actor", "1", "--progress", "json"]
     with ray_cluster(env, num_cpus=(2, 2), first_port=free_ports(4), folder=tmp_path) as address:
-        _wait_for(address)
+        _wait_for(address, env["RAY_AUTH_TOKEN"], num_nodes=2)
         assert [_answer(address, token) for token in (None, "another")] == [401, 403]
         first, said = _submit(address, env, job)
         shown = _actors_on_the_dashboard(address, env["RAY_AUTH_TOKEN"])
@@ -228,19 +228,15 @@ def test_a_job_submitted_to_two_nodes_writes_the_same_bytes_to_s3_with_four_acto
     assert len(read) == len(set(read)) == len(MEDIA)
 
 
-def _wait_for(address: str) -> None:
+def _wait_for(address: str, token: str, num_nodes: int) -> None:
+    """Until the server is up and so many nodes have joined."""
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
-        # Any answer, a refusal for want of a token too, shows that the server is up.
-        try:
-            urlopen(f"{address}/api/version", timeout=5).close()
-            return
-        except HTTPError:
-            return
-        except (URLError, ConnectionError):
-            pass
+        with suppress(URLError, ConnectionError):
+            if [node["state"] for node in _listed(address, token, "nodes")].count("ALIVE") == num_nodes:
+                return
         time.sleep(0.3)
-    raise AssertionError(f"no Ray job server at {address}")
+    raise AssertionError(f"no Ray of {num_nodes} nodes at {address}")
 
 
 def _answer(address: str, token: str | None) -> int:
@@ -255,10 +251,15 @@ def _answer(address: str, token: str | None) -> int:
 
 def _actors_on_the_dashboard(address: str, token: str) -> list[str]:
     """Their names, as a person reads them there."""
-    asked = Request(f"{address}/api/v0/actors", headers={"Authorization": f"Bearer {token}"})
+    return [row["name"] for row in _listed(address, token, "actors") if row["class_name"] == "EncodeActor"]
+
+
+def _listed(address: str, token: str, what: str) -> list[dict[str, Any]]:
+    """A list of the dashboard's, of "actors" or "nodes"."""
+    asked = Request(f"{address}/api/v0/{what}", headers={"Authorization": f"Bearer {token}"})
     with urlopen(asked, timeout=60) as answer:
-        rows = json.load(answer)["data"]["result"]["result"]
-    return [row["name"] for row in rows if row["class_name"] == "EncodeActor"]
+        rows: list[dict[str, Any]] = json.load(answer)["data"]["result"]["result"]
+    return rows
 
 
 def _submit(address: str, env: Mapping[str, str], job: list[str]) -> tuple[dict[str, object], str]:
