@@ -58,8 +58,18 @@ def test_every_panel_returns_data_of_a_real_run(ray_home: Mapping[str, str], tmp
         ],
     }
     (tmp_path / "prometheus.yaml").write_text(yaml.safe_dump(config))
-    pack_clips(tmp_path / "shards", 4, [*CLIP_VIDEOS, *CLIP_STILLS])
-    flags = ["--input", str(tmp_path / "shards"), "--output", str(tmp_path / "nightly"), *SMALL, "--num-actors", "1"]
+    # Long enough that actors are asked how they are, which is every few seconds.
+    for number in range(6):
+        pack_clips(tmp_path / "shards" / str(number), 4, [*CLIP_VIDEOS, *CLIP_STILLS])
+    flags = [
+        "--input",
+        str(tmp_path / "shards/**/*.tar"),
+        "--output",
+        str(tmp_path / "nightly"),
+        *SMALL,
+        "--num-actors",
+        "1",
+    ]
     flags += ["--metrics-port", run.rpartition(":")[2], "--metrics-cluster", "west", "--deadline-s", "36000"]
     flags += ["--quality-share", "1"]
     flags += ["--metrics-push", f"http://{gateway}"]
