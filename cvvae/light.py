@@ -18,6 +18,9 @@ of one latent; the first latent's group is frame 0, four times.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -68,6 +71,10 @@ class LightEncoder(nn.Module):
         self.conv_out = FrameConv(eighth, config.latent_channels)
         # Motion starts as nothing, so that the encoder first learns what images look like.
         nn.init.zeros_(self.motion_out.weight)
+        self._still_fields: dict[Hashable, tuple[list[Tensor], list[int], Tensor]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_still_fields": {}}
 
     def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:
         B, _, _, H, W = x.shape
@@ -108,13 +115,38 @@ class LightEncoder(nn.Module):
         """
         reach = 1 + 2 * len(self.motion)
         B, _, _, H, W = x.shape
-        sides = (4 * min(side, 2 * reach + 1) for side in (H, W))
-        nothing = x.new_zeros(1, self.channels, TEMPORAL_COMPRESSION, *sides)
-        field: Tensor = self.motion_out(self.motion(self.motion_in(to_channels_last(nothing))))
+        field = self._still_field(x, min(H, 2 * reach + 1), min(W, 2 * reach + 1))
         rows, columns = (_stretched(side, reach, x.device) for side in (H, W))
         # Channels last, as x is: adding tensors of two layouts takes ten times as long.
         stretched = field.movedim(1, -1).index_select(2, rows).index_select(3, columns).movedim(-1, 1)
         return stretched.expand(B, -1, -1, -1, -1)
+
+    def _still_field(self, x: Tensor, height: int, width: int) -> Tensor:
+        """(1, C, 1, height, width), what `motion_out` gives for no motion; kept while frozen weights stay as they are.
+
+        torch counts each change of a tensor in place (but for those by `.data`, of which no module here has any), and
+        another tensor in the place of one of these has another address, as these are kept: so a field is never one of
+        other weights.
+        """
+        weights = [*self.motion_in.parameters(), *self.motion.parameters(), *self.motion_out.parameters()]
+        if (
+            torch.is_grad_enabled()
+            or torch.compiler.is_compiling()
+            or any(weight.requires_grad or weight.is_inference() for weight in weights)
+        ):
+            return self._new_still_field(x, height, width)
+        key = height, width, x.dtype, x.device
+        versions = [weight._version for weight in weights]
+        kept = self._still_fields.get(key)
+        if kept is None or kept[1] != versions or any(map(_differ, kept[0], weights)):
+            field = self._new_still_field(x, height, width)
+            kept = self._still_fields[key] = [weight.detach() for weight in weights], versions, field
+        return kept[2]
+
+    def _new_still_field(self, x: Tensor, height: int, width: int) -> Tensor:
+        nothing = x.new_zeros(1, self.channels, TEMPORAL_COMPRESSION, 4 * height, 4 * width)
+        field: Tensor = self.motion_out(self.motion(self.motion_in(to_channels_last(nothing))))
+        return field
 
 
 class LightDecoder(nn.Module):
@@ -252,6 +284,10 @@ class _GroupConv(FrameConv):
         # Folded and unfolded, a single clip has strides in which torch recognises the layout.
         x = unfold_frames(fold_frames(x), x.shape[2])
         return to_channels_last(F.conv3d(x, weight, self.bias, stride=weight.shape[2:]))
+
+
+def _differ(weight: Tensor, other: Tensor) -> bool:
+    return weight.data_ptr() != other.data_ptr()
 
 
 def _stretched(size: int, reach: int, device: torch.device) -> Tensor:

@@ -63,7 +63,7 @@ from pipeline.errors import (
     StorageUnavailableError,
     UsageError,
 )
-from pipeline.progress import Progress, counted
+from pipeline.progress import Progress, crew_in_words
 from pipeline.storage import ObjectStore, open_store
 from pipeline.text_actors import Covered, TextActor, TextTask, cover, load_text_encoder
 
@@ -356,10 +356,9 @@ def _actors(
 ) -> list[Any]:
     import ray
 
-    from pipeline.cluster import has_gpus, num_places, resources_in_words
+    from pipeline.cluster import gpus_per_actor, num_places, resources_in_words
 
-    num_gpus = run.gpus_per_actor if run.gpus_per_actor is not None else float(has_gpus())
-    num_gpus = 0.0 if run.device == "cpu" else num_gpus
+    num_gpus = 0.0 if run.device == "cpu" else gpus_per_actor(run.gpus_per_actor)
     if run.device == "cuda" and not num_gpus:
         raise UsageError(
             f"--device cuda: actors have no GPU ({resources_in_words()}); give --gpus-per-actor, or nodes with one"
@@ -367,9 +366,7 @@ def _actors(
     device_type = "cuda" if num_gpus else "cpu"
     num_cpus = EncodingConfig(model="", cpus_per_actor=run.cpus_per_actor).cpus_on(device_type)
     num_actors = min(run.num_actors or max(1, num_places(num_cpus, num_gpus)), max(1, num_tasks))
-    progress.say(
-        "start", f"{counted(num_actors, 'actor')} of {counted(num_cpus, 'CPU')} and {counted(num_gpus, 'GPU')} each"
-    )
+    progress.say("start", f"{crew_in_words(num_actors, num_cpus, num_gpus)} each")
     actor = ray.remote(TextActor).options(
         num_cpus=num_cpus,
         num_gpus=num_gpus,

@@ -19,8 +19,8 @@ import sys
 import threading
 import traceback
 import uuid
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -32,6 +32,7 @@ from jobs.training_checkpoints import checkpoints_in
 from jobs.training_loop import TrainingSummary, WorkConfig, Worker
 from pipeline.config import CPU_ENVIRONMENT
 from pipeline.errors import LatentmillError, StorageError, StorageUnavailableError, UsageError
+from pipeline.progress import Progress
 
 EXIT_DONE, EXIT_USAGE, EXIT_FAILED, EXIT_INTERRUPTED = 0, 2, 4, 130
 _POLL_S = 0.2
@@ -158,24 +159,13 @@ def _train_on_ray(job: Job, train: Train, interrupt: _Interrupt) -> TrainingSumm
             "process"
         ) from error
 
-    address = job.work.ray_address or os.environ.get("RAY_ADDRESS")
-    options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
-    if address is None:
-        ray.init(address="local", include_dashboard=False, object_store_memory=80 << 20, **options)
-    else:
-        try:
-            ray.init(address=address, **options)
-        except (ConnectionError, RuntimeError) as error:
-            raise UsageError(f"there is no Ray cluster at {address}: {error}") from error
-    interrupt.install()  # ray.init puts a handler of its own in the place of ours
-    run_id = uuid.uuid4().hex
-    # What the first worker and this process tell each other, and what Ray Train keeps for itself.
-    exchange = Path(job.work.output) / ".ray" / run_id
-    exchange.mkdir(parents=True)
-    try:
+    from pipeline.cluster import connected
+
+    with connected(job.work.ray_address, {}, Progress("plain")), _exchange(job) as exchange:
+        interrupt.install()  # ray.init puts a handler of its own in the place of ours
         uses_gpu = _uses_gpu(job, ray.cluster_resources())
         run_options: dict[str, Any] = {
-            "name": run_id,
+            "name": exchange.name,
             "storage_path": str(exchange),
             "failure_config": FailureConfig(max_failures=job.work.max_failures),
             "worker_runtime_env": {} if uses_gpu else {"env_vars": CPU_ENVIRONMENT},
@@ -190,12 +180,21 @@ def _train_on_ray(job: Job, train: Train, interrupt: _Interrupt) -> TrainingSumm
             ),
             run_config=RunConfig(**run_options),
         )
-        _fit(trainer, interrupt, exchange)
+        try:
+            _fit(trainer, interrupt, exchange)
+        except TrainingFailedError as failed:
+            raise _cause_of(failed, exchange) from failed
         return TrainingSummary(**json.loads((exchange / _SUMMARY).read_text(encoding="utf-8")))
-    except TrainingFailedError as failed:
-        raise _cause_of(failed, exchange) from failed
+
+
+@contextmanager
+def _exchange(job: Job) -> Iterator[Path]:
+    """Where the first worker and this process tell each other things, and Ray Train keeps its own."""
+    exchange = Path(job.work.output) / ".ray" / uuid.uuid4().hex
+    exchange.mkdir(parents=True)
+    try:
+        yield exchange
     finally:
-        ray.shutdown()
         shutil.rmtree(exchange, ignore_errors=True)
         with suppress(OSError):
             exchange.parent.rmdir()

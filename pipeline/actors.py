@@ -41,6 +41,7 @@ from pipeline.decode import DecodePool, decoder_versions
 from pipeline.errors import DecodeChildError, StorageError, UsageError
 from pipeline.format import FORMAT_VERSION, ShardWriter, WrittenFile
 from pipeline.inputs import FoundVersions
+from pipeline.memory import MemoryTrimmer
 from pipeline.quality import Inspection, ShardQuality
 from pipeline.records import (
     Clip,
@@ -282,6 +283,7 @@ class EncodeActor:
         self._is_stopping = False
         self._ahead: set[_DecodeAhead] = set()
         self._room = _Room()
+        self._trimmer = MemoryTrimmer()
         # A core dump would hold credentials, and what others have in their videos.
         resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
 
@@ -388,6 +390,7 @@ class EncodeActor:
             return self._attempt(spec, manifest, turn, poison, begun)
         finally:
             self._turns.end(turn)
+            self._trimmer.trim_if_due()
 
     def probe(self, spec: ShardSpec, manifest: DatasetManifest, part: range, poison: frozenset[int]) -> int:
         """Takes the videos at some places of a shard all the way to local files, and keeps nothing.

@@ -1,6 +1,6 @@
 """A connection to Ray: the cluster of `ray job submit` or of an address, else an embedded one that ends with the run.
 
-Not where actors are made or watched: `run` does that, and `jobs/encode_text.py`.
+Not where actors are made or watched: `run` does that, `jobs/encode_text.py`, and Ray Train for the training jobs.
 """
 
 from __future__ import annotations
@@ -107,9 +107,9 @@ def resources_in_words() -> str:
     return f"{cpus}, {gpus} on {counted(len(_nodes()), 'node')}"
 
 
-def has_gpus() -> bool:
-    """Whether a node of the cluster has a GPU."""
-    return bool(ray.cluster_resources().get("GPU", 0) > 0)
+def gpus_per_actor(asked: float | None) -> float:
+    """GPUs of an actor: as asked, else one where a node of the cluster has any."""
+    return asked if asked is not None else float(ray.cluster_resources().get("GPU", 0) > 0)
 
 
 def num_places(num_cpus: int, num_gpus: float) -> int:

@@ -32,7 +32,7 @@ from pipeline.commit import DecidedShard, name_of, parse_record_name, publish_sn
 from pipeline.config import ImageEncoderConfig, TextEncoderConfig
 from pipeline.format import WrittenFile
 from pipeline.records import Clip, ClipFailure, FileStat
-from pipeline.redo import mark_done, ordered_repairs, repair_orders
+from pipeline.redo import mark_done, repair_orders
 from pipeline.storage import ObjectStore, sha256_of_file
 from pipeline.store import Steps
 from pipeline.stored import open_records
@@ -265,13 +265,11 @@ def records_of_ordered_repairs(
         shards: of the output, by id, at least those that `shards_in_repair` names.
     """
     store = columns_store(output, name)
-    in_repair = (read_shard(store, shard_id) for shard_id in shards_in_repair(output, [name]))
-    own = {shard.shard_id: shard for shard in in_repair if shard is not None}
-    if not own:
-        return {}
-    ordered = set(ordered_repairs(store, own))
+    ordered = frozenset(repair_orders(store))
+    own = (read_shard(store, shard_id) for shard_id in sorted({parse_record_name(record)[0] for record in ordered}))
+    counting = (commit for shard in own if shard is not None for commit in shard.commits)
     found: dict[str, str | None] = {}
-    for record in (commit for shard in own.values() for commit in shard.commits if name_of(commit) in ordered):
+    for record in (commit for commit in counting if name_of(commit) in ordered):
         shard = shards.get(record.shard_id)
         about = [
             name_of(commit)

@@ -535,7 +535,7 @@ def argument_parser(
     parts: Parts = _PARTS, prog: str = "encode_laion.py", description: str | None = None
 ) -> argparse.ArgumentParser:
     """The parser of the flags; values stay text and are checked by `read_parts`."""
-    required = [f"--{name.replace('_', '-')} VALUE" for name, (_, f) in _options(parts).items() if f.default is MISSING]
+    required = [f"{_flag(name)} VALUE" for name, (_, f) in _options(parts).items() if f.default is MISSING]
     parser = _Parser(
         prog=prog,
         usage=" ".join([prog, *required, "[--FLAG VALUE ...]"]),
@@ -546,15 +546,17 @@ def argument_parser(
     for part, cls in parts.items():
         group = parser.add_argument_group(part, (cls.__doc__ or "").partition("\n")[0])
         for f in fields(cls):
-            flag, help_text = (
-                "--" + f.name.replace("_", "-"),
-                f"{f.metadata['help']}{_default_text(f)}".replace("%", "%%"),
-            )
+            flag = _flag(f.name)
+            help_text = f"{f.metadata['help']}{_default_text(f)}".replace("%", "%%")
             if f.metadata["is_switch"]:
                 group.add_argument(flag, action="store_const", const="true", default=None, help=help_text)
             elif not f.metadata["is_nested"]:
                 group.add_argument(flag, default=None, metavar="VALUE", help=help_text)
     return parser
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def _default_text(f: Field[Any]) -> str:
@@ -612,7 +614,7 @@ def read_parts(
     known = _options(parts)
     missing = [name for name, (_, f) in known.items() if f.default is MISSING and name not in given]
     if missing:
-        flags = ", ".join("--" + name.replace("_", "-") for name in missing)
+        flags = ", ".join(map(_flag, missing))
         raise UsageError(f"{flags} must be given, as a flag or in --config; see --help")
     values: dict[str, dict[str, Any]] = {part: {} for part in parts}
     for name, value in given.items():

@@ -27,6 +27,7 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
+from numpy.random import PCG64, SeedSequence
 
 Remainder = Literal["keep", "drop", "pad"]
 REMAINDERS: tuple[Remainder, ...] = ("keep", "drop", "pad")
@@ -70,7 +71,7 @@ def shuffled(num: int, seed: int, epoch: int, stream: int) -> Ints:
 
     It sorts raw output of PCG64, which numpy promises never to change; it does not promise that of `permutation`.
     """
-    raw = np.random.PCG64(np.random.SeedSequence([seed, epoch, stream])).random_raw(num)
+    raw = PCG64(SeedSequence([seed, epoch, stream])).random_raw(num)
     return np.argsort(raw, kind="stable")
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from pipeline.estimate import Estimate
-from pipeline.progress import duration_text, size_text
+from pipeline.progress import crew_in_words, duration_text, size_text
 
 
 def lines_of(found: Estimate) -> list[str]:
@@ -52,9 +52,7 @@ def lines_of(found: Estimate) -> list[str]:
     for place in sorted(found.requests):
         sent = ", ".join(f"{number:,} {kind}" for kind, number in found.requests[place].items() if number)
         rows.append(("requests", f"to the {place}: {sent}"))
-    gpus = f" and {found.gpus_per_actor:g} GPUs" if found.gpus_per_actor else ""
-    cores = "CPU" if found.cpus_per_actor == 1 else "CPUs"
-    crew = f"{found.num_actors} actors of {found.cpus_per_actor} {cores}{gpus}"
+    crew = crew_in_words(found.num_actors, found.cpus_per_actor, found.gpus_per_actor)
     if found.duration_s is None or found.start_s is None:
         rows.append(("time", f"not known, for {crew}"))
     else:

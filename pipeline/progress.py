@@ -122,13 +122,13 @@ class Standing:
             ProgressBar(total=total, completed=min(self.num_shards_done, total)),
             Text(f"{self.num_shards_done / total:.0%}  ETA {self._eta()}"),
         )
-        nodes = f" on {crew.num_nodes} node{'s' * (crew.num_nodes != 1)}"
+        nodes = counted(crew.num_nodes, "node")
         busy = "--" if crew.encoder_busy_share is None else f"{crew.encoder_busy_share:.0%}"
         lines = [
             f"{self.num_shards_running} running{self._undone()}, {self.num_retries} retries, "
             f"elapsed {duration_text(self.elapsed_s)}",
             f"clips {self.num_records:,} at {self.clips_per_s:.2f}/s, {crew.num_clips_waiting} decoded and waiting",
-            f"encoders {crew.num_encoders_ready} of {crew.num_encoders}{nodes}, busy {busy}",
+            f"encoders {crew.num_encoders_ready} of {crew.num_encoders} on {nodes}, busy {busy}",
         ]
         if self.quality is not None:
             lines.append(self.quality.text())
@@ -159,6 +159,12 @@ def size_text(num_bytes: float) -> str:
 def counted(number: float, noun: str) -> str:
     """ "1 shard", "2,000 shards"."""
     return f"{number:,.10g} {noun}{'s' * (number != 1)}"
+
+
+def crew_in_words(num_actors: int, num_cpus: int, num_gpus: float) -> str:
+    """ "2 actors of 8 CPUs and 1 GPU"."""
+    gpus = f" and {counted(num_gpus, 'GPU')}" if num_gpus else ""
+    return f"{counted(num_actors, 'actor')} of {counted(num_cpus, 'CPU')}{gpus}"
 
 
 def duration_text(seconds: float) -> str:

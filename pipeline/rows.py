@@ -29,8 +29,9 @@ from pipeline.selection import matching_rows
 from pipeline.storage import ObjectStore
 from pipeline.stored import RecordFile, StoredRecord, StoredRows
 
-# Fetching waits for the network, checking for a core: a few threads keep both busy.
-_NUM_FETCHERS = 8
+# Fetching waits for the network, checking for a core: a few threads keep both busy. More than a few for files that are
+# there already only take the interpreter from the training loop, and a mounted disk may be a network too.
+_NUM_FETCHERS_REMOTE, _NUM_FETCHERS_LOCAL = 8, 4
 _NUM_DECODERS = 2
 # Planned batches are small; what bounds their files is a limit in bytes. Row groups are larger than what a batch needs
 # of them, and are decoded shortly before.
@@ -90,6 +91,7 @@ class RowReader:
     ) -> None:
         self.pid = os.getpid()
         self._store = store
+        self.is_remote = "://" in store.root_uri
         self.data_files = files
         self._cache = cache
         self._checked = checked
@@ -243,7 +245,8 @@ class _Background:
 
     def __init__(self, reader: RowReader) -> None:
         self._reader = reader
-        self._fetchers = ThreadPoolExecutor(_NUM_FETCHERS, thread_name_prefix="latentmill-fetch")
+        num_fetchers = _NUM_FETCHERS_REMOTE if reader.is_remote else _NUM_FETCHERS_LOCAL
+        self._fetchers = ThreadPoolExecutor(num_fetchers, thread_name_prefix="latentmill-fetch")
         self._decoders = ThreadPoolExecutor(_NUM_DECODERS, thread_name_prefix="latentmill-decode")
         self._files: dict[int, Future[OpenFile]] = {}
         self._groups: dict[tuple[int, int], Future[StoredRows]] = {}

@@ -10,7 +10,6 @@ A shard that kills its worker every time is searched for the video that does it 
 
 from __future__ import annotations
 
-import ctypes
 import signal
 import threading
 import time
@@ -31,7 +30,7 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError,
 import cvvae
 from pipeline import sandbox
 from pipeline.actors import Beat, EncodeActor, ShardReport, WorkerFacts, wanted_of_workers
-from pipeline.cluster import connected, has_gpus, in_short, num_places, resources_in_words
+from pipeline.cluster import connected, gpus_per_actor, in_short, num_places, resources_in_words
 from pipeline.columns import refuse_unknown_columns
 from pipeline.commit import (
     Accounts,
@@ -64,10 +63,11 @@ from pipeline.config import CPU_ENVIRONMENT, JobConfig
 from pipeline.decode import decoder_versions
 from pipeline.errors import ConfigMismatchError, LatentmillError, StorageError, UsageError
 from pipeline.format import FORMAT_VERSION
+from pipeline.memory import MemoryTrimmer, give_memory_back
 from pipeline.metrics import RunMetrics
 from pipeline.packed import Names, Packed
 from pipeline.plan import InputChange, UnwrittenSlices, changed_inputs, infer_passthrough, plan_shards
-from pipeline.progress import Crew, Progress, RateMeter, Standing, counted
+from pipeline.progress import Crew, Progress, RateMeter, Standing, counted, crew_in_words
 from pipeline.quality import RunQuality
 from pipeline.records import Commit, DatasetManifest, ShardSpec
 from pipeline.redo import Retries, ordered_repairs, repair_orders, repairs, retries
@@ -226,7 +226,7 @@ def run(config: JobConfig, progress: Progress, metrics: RunMetrics) -> RunSummar
         f"{len(todo)} to do in this run" + (f", of these {len(again.specs)} once more" if again.specs else ""),
     )
     if config.run.dry_run:
-        summary = ledger.summary(EXIT_OK, ledger.accounts(KnownCommits(store).__iter__), None, None)
+        summary = ledger.summary(EXIT_OK, ledger.accounts(partial(iter, KnownCommits(store))), None, None)
         if not config.run.dry_run_seconds:
             return summary
         from pipeline.estimate import estimate
@@ -249,7 +249,7 @@ def run(config: JobConfig, progress: Progress, metrics: RunMetrics) -> RunSummar
     # What a run of days need not hold; of the plan the first shard tells which columns there are.
     first_spec = specs[:1]
     del specs, before
-    _give_memory_back()
+    give_memory_back()
     if not todo:
         if stored is not None:
             _refuse_other_model(store, stored, config)
@@ -264,7 +264,7 @@ def run(config: JobConfig, progress: Progress, metrics: RunMetrics) -> RunSummar
         try:
             facts = pool.start(interrupt, _wanted(stored, config))
             if facts is None:
-                return ledger.summary(EXIT_INTERRUPTED, ledger.accounts(KnownCommits(store).__iter__), None, None)
+                return ledger.summary(EXIT_INTERRUPTED, ledger.accounts(partial(iter, KnownCommits(store))), None, None)
             ledger.sandbox = sandbox.in_words(facts.sandbox)
             progress.say("sandbox", f"decode children are kept in by: {ledger.sandbox}")
             manifest = _open_output(store, stored, config, facts, first_spec)
@@ -761,7 +761,7 @@ class _Pool:
         progress: Progress,
         metrics: RunMetrics,
     ) -> None:
-        num_gpus = config.run.gpus_per_actor if config.run.gpus_per_actor is not None else float(has_gpus())
+        num_gpus = gpus_per_actor(config.run.gpus_per_actor)
         device_type = "cuda" if num_gpus else "cpu"
         num_cpus = config.encoding.cpus_on(device_type)
         fitting = num_places(num_cpus, num_gpus)
@@ -783,7 +783,7 @@ class _Pool:
             if num_gpus or CPU_ENVIRONMENT.items() <= inherited.items()
             else {"env_vars": CPU_ENVIRONMENT},
         }
-        self._crew = f"{counted(num_actors, 'actor')} of {counted(num_cpus, 'CPU')} and {counted(num_gpus, 'GPU')} each"
+        self._crew = crew_in_words(num_actors, num_cpus, num_gpus)
         self._progress = progress
         self._metrics = metrics
         self._run = config.run
@@ -873,7 +873,7 @@ class _Pool:
                 if not self.starting or time.monotonic() - odd_since > _PATIENCE_S:
                     facts = self._admit_most()
             if facts is not None:
-                self._progress.say("start", f"{self._crew}, {facts.device_name}, model {facts.model.model}")
+                self._progress.say("start", f"{self._crew} each, {facts.device_name}, model {facts.model.model}")
                 return facts
             if not is_late and time.monotonic() - began > _PATIENCE_S:
                 is_late = True
@@ -1197,6 +1197,7 @@ class _Dispatch:
         self._interrupt = interrupt
         self._progress = progress
         self._store = store
+        self._trimmer = MemoryTrimmer()
         self._max_attempts = ledger.max_attempts
         self._waiting = _Waiting(ledger.todo)
         self._running: dict[Any, _Task] = {}
@@ -1250,8 +1251,9 @@ class _Dispatch:
             num_new = self._ledger.num_done - last_snapshot
             if num_new >= max(_SNAPSHOT_EVERY, _SNAPSHOT_GROWTH * self._ledger.num_decided):
                 _publish(self._store, self._config)
-                _give_memory_back()
                 last_snapshot = self._ledger.num_done
+                give_memory_back()
+            self._trimmer.trim_if_due()
             # All actors are looked at, so not for every shard that one of a thousand returns.
             if time.monotonic() - looked_s < _LOOK_S:
                 continue
@@ -1461,16 +1463,6 @@ class _Dispatch:
     def _leave_undone(self, spec: ShardSpec, message: str) -> None:
         self._progress.say("undone", f"shard {spec.shard_id} is left undone: {message}")
         self._ledger.undone[spec.shard_id] = message
-
-
-def _give_memory_back() -> None:
-    """Returns to the system what a snapshot needed: names and nonces of all records of the output, for a moment.
-
-    The C library keeps freed memory in small holes: when a snapshot still held the records whole, a driver of 8,000
-    shards grew by 15 MiB without this, with it by 3.
-    """
-    with suppress(OSError, AttributeError):  # glibc alone has it
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _message(error: BaseException) -> str:

@@ -154,13 +154,15 @@ class _ParquetRecords(RecordFile):
         self._with_page_checksums = with_page_checksums
 
     def read_columns(self, names: Sequence[str]) -> list[tuple[Any, ...]]:
-        table = self._file.read(columns=list(names))
+        table = self._file.read(columns=list(names), use_threads=False)
         return list(zip(*(table.column(name).to_pylist() for name in names), strict=True))
 
     def read_rows(self, group: int, columns: Sequence[str] | None = None) -> StoredRows:
         names = self._file.schema_arrow.names if columns is None else dict.fromkeys([*_ALWAYS_READ, *columns])
-        # Latents apart: they lie in the file as they are, and Arrow would copy them.
-        values = self._file.read_row_group(group, columns=[name for name in names if name != "latent"]).to_pydict()
+        # Latents apart: they lie in the file as they are, and Arrow would copy them. The rest is small: handing it to
+        # threads of Arrow costs more than reading it.
+        beside = [name for name in names if name != "latent"]
+        values = self._file.read_row_group(group, columns=beside, use_threads=False).to_pydict()
         if "extra" in values:
             values["extra"] = [None if extra is None else json.loads(extra) for extra in values["extra"]]
         shapes, dtypes = values["latent_shape"], values["latent_dtype"]

@@ -37,6 +37,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests"), str(Path(__file__).parent)]
@@ -57,6 +58,7 @@ def main() -> None:
     parser.add_argument("--litdata-python", help="interpreter of an environment with litdata")
     parser.add_argument("--shards", type=int, default=24, help="shards of 256 rows, 10 MB each")
     parser.add_argument("--long-shards", type=int, default=192, help="of the part `long`")
+    parser.add_argument("--plan-shards", type=int, default=100_000, help="of the part `plan`")
     parser.add_argument("--keep", help="a folder for the latents, used again where they are there already")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--parts", default="rates,fly,first,plan", help="which tables, comma-separated (and long)")
@@ -443,7 +445,7 @@ def first_batch(task: dict[str, Any]) -> dict[str, Any]:
 
 
 def plans(arguments: argparse.Namespace, folder: Path) -> Iterator[str]:
-    num_shards = 100_000
+    num_shards = arguments.plan_shards
     write_commits(folder / "synthetic", num_shards)
     found = [measured(sys.executable, what="plan", root=str(folder / "synthetic")) for _ in range(arguments.rounds)]
     middle = {name: statistics.median(entry[name] for entry in found) for name in found[0]}
@@ -463,7 +465,7 @@ def write_commits(root: Path, num_shards: int) -> None:
     from commits import make_commit
     from latents import manifest
 
-    from pipeline.commit import _snapshot_bytes, _snapshot_key, _write_segments, create_once, name_of, open_dataset
+    from pipeline.commit import name_of, open_dataset, publish_snapshot
     from pipeline.records import FileStat
     from pipeline.storage import open_store
 
@@ -489,9 +491,13 @@ def write_commits(root: Path, num_shards: int) -> None:
             content="rejected",
         )
         commits.append(make_commit(shard_id, 1000, files=(latents, rejected)))
-    # Published as a run does it, but without 100,000 records to list and read.
-    snapshot = _write_segments(store, 1, None, {name_of(commit): commit for commit in commits})
-    create_once(store, _snapshot_key(1), _snapshot_bytes(snapshot))
+    # Published as a run does it, but without 100,000 records to write, list and read.
+    by_name = {name_of(commit): commit for commit in sorted(commits, key=name_of)}
+    with (
+        patch("pipeline.commit.record_names", lambda _store: by_name),
+        patch("pipeline.commit.load_commits", lambda _store, names: map(by_name.__getitem__, names)),
+    ):
+        publish_snapshot(store)
 
 
 def open_and_plan(task: dict[str, Any]) -> dict[str, Any]:

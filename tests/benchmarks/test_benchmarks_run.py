@@ -31,7 +31,7 @@ _LEAST = {
     "bench_peers.py": "--clips 12",
     "bench_layout.py": "--mib 32",
     "bench_scale.py": "--shards 200,400 --actors 20 --plan 200,400",
-    "bench_reader.py": "--rounds 1 --shards 2 --parts rates",
+    "bench_reader.py": "--rounds 1 --shards 2 --parts rates,plan --plan-shards 200",
 }
 
 

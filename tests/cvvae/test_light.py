@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -101,6 +103,43 @@ def test_a_still_clip_of_any_size_has_the_same_latent_first_and_last(vae: cvvae.
     image = torch.rand(1, 3, 1, side_px, side_px + 8, generator=torch.Generator().manual_seed(side_px)) * 2 - 1
     latents = vae.encode(image.expand(-1, -1, 5, -1, -1)).latent_dist.mean
     torch.testing.assert_close(latents[:, :, 0], latents[:, :, 1], atol=1e-5, rtol=0)
+
+
+def _images(vae: cvvae.CVVAE, image: torch.Tensor) -> list[torch.Tensor]:
+    """Its latent from frozen weights, twice, and from a copy that has to learn and so keeps nothing."""
+    learning = copy.deepcopy(vae).requires_grad_(True)
+    with torch.no_grad():
+        return [model.encode(image).latent_dist.mean for model in (vae, vae, learning)]
+
+
+def test_what_an_encoder_keeps_of_frozen_weights_is_never_that_of_other_weights(
+    vae: cvvae.CVVAE, clip: torch.Tensor
+) -> None:
+    vae = copy.deepcopy(vae).requires_grad_(False)
+    image = clip[:, :, :1]
+    seen = [first := _images(vae, image)]
+    with torch.no_grad():
+        weight = vae.encoder.motion_out.weight
+        weight.add_(0.05)
+        seen.append(_images(vae, image))
+        # Elsewhere, with the count of changes that the one before has.
+        vae.encoder.motion_out.weight.data = weight.detach() * 1.5
+        seen.append(_images(vae, image))
+        other = copy.deepcopy(vae)
+        other.encoder.motion_in.bias.add_(0.5)
+        seen.append(_images(other, image))
+        other.load_state_dict(vae.state_dict())
+        seen.append(_images(other, image))
+        other.double()
+        seen.append([latent.float() for latent in _images(other, image.double())])
+    for latents in seen:
+        assert torch.equal(latents[0], latents[1])
+        assert torch.equal(latents[0], latents[2])
+    for before, after in itertools.pairwise(seen[:4]):
+        assert not torch.allclose(before[0], after[0])
+    assert torch.equal(seen[4][0], seen[2][0])
+    assert torch.allclose(seen[5][0], seen[2][0], atol=1e-4)
+    assert torch.isfinite(first[0]).all()
 
 
 def test_an_image_goes_in_and_comes_out_as_one(vae: cvvae.CVVAE) -> None:

@@ -43,6 +43,12 @@ def wanted(latents: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     return data_digests(str(alone / "columns" / "text"))
 
 
+@pytest.fixture
+def root(latents: Path, tmp_path: Path) -> Path:
+    """The output without embeddings, of one test's own."""
+    return Path(shutil.copytree(latents, tmp_path / "out"))
+
+
 def _flags(root: Path) -> list[str]:
     return ["--latents", str(root), "--text-encoder", str(encoders.minilm()), "--device", "cpu"]
 
@@ -58,10 +64,8 @@ def _run(flags: list[str], env: Mapping[str, str], folder: Path) -> Outcome:
 
 @pytest.mark.timeout(600)
 def test_an_actor_that_is_killed_loses_nothing_and_the_bytes_are_those_of_one_process(
-    latents: Path, wanted: dict[str, str], ray_home: Mapping[str, str], tmp_path: Path
+    root: Path, wanted: dict[str, str], ray_home: Mapping[str, str], tmp_path: Path
 ) -> None:
-    root = tmp_path / "out"
-    shutil.copytree(latents, root)
     with RunningJob([*_flags(root), "--num-actors", "2"], ray_home, tmp_path, script=SCRIPT) as job:
         job.wait_until(lambda: _covered(root) > 0, "the first record of the set", 250)
         first, *_ = job.find("ray::TextActor")
@@ -76,10 +80,8 @@ def test_an_actor_that_is_killed_loses_nothing_and_the_bytes_are_those_of_one_pr
 
 @pytest.mark.slow
 def test_a_run_on_ray_with_nothing_to_do_changes_nothing_and_refuses_another_encoder(
-    latents: Path, wanted: dict[str, str], ray_home: Mapping[str, str], tmp_path: Path
+    root: Path, wanted: dict[str, str], ray_home: Mapping[str, str], tmp_path: Path
 ) -> None:
-    root = tmp_path / "out"
-    shutil.copytree(latents, root)
     assert main(_flags(root)) == 0
     done = _run([*_flags(root), "--num-actors", "2"], ray_home, tmp_path)
     assert (done.code, done.result["num_records_done"]) == (0, 0), done.said
@@ -96,10 +98,8 @@ def test_a_run_on_ray_with_nothing_to_do_changes_nothing_and_refuses_another_enc
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_run_on_ray_that_is_interrupted_says_so_and_one_process_ends_what_is_left(
-    latents: Path, wanted: dict[str, str], ray_home: Mapping[str, str], tmp_path: Path
+    root: Path, wanted: dict[str, str], ray_home: Mapping[str, str], tmp_path: Path
 ) -> None:
-    root = tmp_path / "out"
-    shutil.copytree(latents, root)
     with RunningJob([*_flags(root), "--num-actors", "1"], ray_home, tmp_path, script=SCRIPT) as job:
         job.wait_until(lambda: _covered(root) > 0, "the first record of the set", 250)
         job.process.send_signal(signal.SIGTERM)
@@ -113,10 +113,8 @@ def test_a_run_on_ray_that_is_interrupted_says_so_and_one_process_ends_what_is_l
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_actors_on_two_nodes_of_a_cluster_write_the_same_bytes(
-    latents: Path, wanted: dict[str, str], ray_home: Mapping[str, str], tmp_path: Path
+    root: Path, wanted: dict[str, str], ray_home: Mapping[str, str], tmp_path: Path
 ) -> None:
-    root = tmp_path / "out"
-    shutil.copytree(latents, root)
     port = free_ports(4)
     env = {**ray_home, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16)}
     with ray_cluster(env, num_cpus=(1, 1), first_port=port, folder=tmp_path):

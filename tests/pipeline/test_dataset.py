@@ -109,9 +109,10 @@ def test_workers_hand_the_batches_over_in_the_order_of_one_process(root: str, nu
         assert torch.equal(ours["latents"], theirs["latents"])
 
 
-def test_spawned_and_persistent_workers_follow_the_epoch_that_is_set(root: str) -> None:
+@pytest.mark.parametrize("how", ["fork", "spawn"])
+def test_forked_and_spawned_workers_that_persist_follow_the_epoch_that_is_set(root: str, how: str) -> None:
     dataset = LatentDataset(root, batch_size=3)
-    workers = loader(dataset, 1, persistent_workers=True, multiprocessing_context="spawn")
+    workers = loader(dataset, 1, persistent_workers=True, multiprocessing_context=how)
     for epoch in (0, 1):
         dataset.set_epoch(epoch)
         assert order(workers) == order(dataset)

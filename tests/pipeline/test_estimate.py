@@ -6,7 +6,7 @@ import io
 import json
 import uuid
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -318,11 +318,15 @@ def _times(encoding: float, decoding: float) -> _Times:
 
 
 def _look_at_nothing(scale: Scale) -> Look:
+    return _look_of(scale.shards, num_bytes=1)
+
+
+def _look_of(shards: Sequence[ShardLook], num_bytes: int) -> Look:
     return Look(
-        shards=scale.shards,
+        shards=shards,
         cpu_s=1.0,
         start_s=1.0,
-        num_bytes=1,
+        num_bytes=num_bytes,
         frames={},
         examples={},
         kinds=frozenset({"video"}),
@@ -351,20 +355,7 @@ def _whole_tars(num_shards: int, num_videos: int) -> tuple[list[ShardSpec], Scal
         ShardLook(spec=spec, weight=1000.0, is_whole=True, num_videos=num_videos, buckets=Counter({bucket: num_videos}))
         for spec in specs
     ]
-    look = Look(
-        shards=shards,
-        cpu_s=1.0,
-        start_s=1.0,
-        num_bytes=1000 * num_shards,
-        frames={},
-        examples={},
-        kinds=frozenset({"video"}),
-        source_uris=(),
-        file_requests={},
-        num_passed_over=0,
-        ran_out=False,
-    )
-    return specs, Scale(specs, look)
+    return specs, Scale(specs, _look_of(shards, num_bytes=1000 * num_shards))
 
 
 def test_encoders_that_wait_for_decoding_are_advised_more_cores_and_others_are_not() -> None:
