@@ -129,11 +129,7 @@ class LightEncoder(nn.Module):
         other weights.
         """
         weights = [*self.motion_in.parameters(), *self.motion.parameters(), *self.motion_out.parameters()]
-        if (
-            torch.is_grad_enabled()
-            or torch.compiler.is_compiling()
-            or any(weight.requires_grad or weight.is_inference() for weight in weights)
-        ):
+        if torch.compiler.is_compiling() or any(weight.requires_grad or weight.is_inference() for weight in weights):
             return self._new_still_field(x, height, width)
         key = height, width, x.dtype, x.device
         versions = [weight._version for weight in weights]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import itertools
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -140,6 +141,40 @@ def test_what_an_encoder_keeps_of_frozen_weights_is_never_that_of_other_weights(
     assert torch.equal(seen[4][0], seen[2][0])
     assert torch.allclose(seen[5][0], seen[2][0], atol=1e-4)
     assert torch.isfinite(first[0]).all()
+
+
+def test_what_an_encoder_keeps_is_of_one_precision_and_does_not_travel(vae: cvvae.CVVAE, clip: torch.Tensor) -> None:
+    image = clip[:, :, :1]
+    plain = vae.encode(image).latent_dist.mean
+    vae = copy.deepcopy(vae)
+    size = len(pickle.dumps(vae))
+    with torch.autocast("cpu", torch.bfloat16):
+        vae.encode(image)
+    assert torch.equal(vae.encode(image).latent_dist.mean, plain)
+    assert len(pickle.dumps(vae)) == size
+
+
+def test_an_image_gives_gradients_to_itself_and_to_weights_that_learn_again_and_again(
+    vae: cvvae.CVVAE, clip: torch.Tensor
+) -> None:
+    image = clip[:, :, :1]
+    vae = copy.deepcopy(vae)
+    with torch.inference_mode():
+        plain = vae.encode(image).latent_dist.mean
+    found = []
+    for learns in (False, True, True):
+        vae.requires_grad_(learns).zero_grad()
+        asked = image.clone().requires_grad_(True)
+        with torch.enable_grad():
+            latent = vae.encode(asked).latent_dist.mean
+            latent.square().sum().backward()
+        assert torch.equal(latent.detach(), plain)
+        found.append((asked.grad, vae.encoder.motion_out.weight.grad))
+    assert found[0][1] is None
+    assert found[0][0].abs().max() > 0
+    assert found[1][1].abs().max() > 0
+    torch.testing.assert_close([of_image for of_image, _ in found[:2]], [of_image for of_image, _ in found[1:]])
+    torch.testing.assert_close(found[1][1], found[2][1])
 
 
 def test_an_image_goes_in_and_comes_out_as_one(vae: cvvae.CVVAE) -> None:
