@@ -85,6 +85,7 @@ class WorkerFacts:
     pid: int
     is_compiled: bool = False
     compile_error: str | None = None  # why not, where it was asked for
+    cuda_graphs_error: str | None = None  # likewise
 
     @property
     def decides_bytes(self) -> dict[str, object]:
@@ -327,7 +328,7 @@ class EncodeActor:
         self._conditions = ConditionEncoders(
             self._config.text, self._config.image, self._store, device, encoding.compute_dtype_on(device.type), cores
         )
-        return ClipEncoder(encoding, device)
+        return ClipEncoder(encoding, device, cuda_graphs=self._config.run.cuda_graphs)
 
     def _facts(self) -> WorkerFacts:
         import torch
@@ -349,6 +350,7 @@ class EncodeActor:
             pid=os.getpid(),
             is_compiled=self._config.encoding.compile and self._encoder.compile_error is None,
             compile_error=self._encoder.compile_error,
+            cuda_graphs_error=self._encoder.cuda_graphs_error,
         )
 
     def beat(self) -> Beat:

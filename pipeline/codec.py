@@ -21,6 +21,7 @@ from torch import nn
 
 import cvvae
 from pipeline.config import EncodingConfig
+from pipeline.cuda_graph import RecordedCall
 from pipeline.errors import UsageError
 from pipeline.records import Bucket, Clip, ClipFailure, LatentRecord, ModelFacts
 
@@ -109,12 +110,16 @@ class ClipEncoder:
     On a GPU the next batch is copied and started before the last one is read back: uploads run on a stream of their
     own from pinned memory, results return to pinned memory, and the host waits for one event per batch.
 
+    Args:
+        cuda_graphs: record the kernels of a batch of every bucket once; the latents are the same to the bit.
+
     Attributes:
         busy_s: seconds spent in the encoder since the start (on a GPU: host time from submission to result).
         compile_error: why the encoder runs as it is although it was to be compiled; None where all is as asked.
+        cuda_graphs_error: why kernels are started one by one although they were to be recorded; likewise.
     """
 
-    def __init__(self, encoding: EncodingConfig, device: torch.device) -> None:
+    def __init__(self, encoding: EncodingConfig, device: torch.device, *, cuda_graphs: bool = False) -> None:
         self.device = device
         self.busy_s = 0.0
         self._encoding = encoding
@@ -124,7 +129,9 @@ class ClipEncoder:
         self.facts = model_facts(self._vae, encoding)
         self._staging: dict[Bucket, list[_Staging]] = {}
         self._copy_stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._recorded: dict[torch.Size, RecordedCall] = {}
         self.compile_error = self._compile() if encoding.compile else None
+        self.cuda_graphs_error = self._record() if cuda_graphs else None
 
     @torch.inference_mode()
     def _compile(self) -> str | None:
@@ -134,15 +141,35 @@ class ClipEncoder:
         torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = _MOST_SHAPES
         try:
             for bucket in self._encoding.buckets:
-                size = batch_size(bucket, self._encoding.batch_frames, self.device.type)
-                shape = (size, bucket.num_frames, bucket.height_px, bucket.width_px, 3)
-                self._moments(torch.zeros(shape, dtype=torch.uint8, device=self.device))
+                self._moments(torch.zeros(self._batch_shape(bucket), dtype=torch.uint8, device=self.device))
         except torch.cuda.OutOfMemoryError:
             raise
         except Exception as error:  # of many kinds: no C compiler, no Triton, an operation it does not know
             self._vae.encoder = as_it_is
-            return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            return _in_short(error)
         return None
+
+    @torch.inference_mode()
+    def _record(self) -> str | None:
+        """Records a batch of every bucket before the first clip comes; says why where that fails."""
+        if self.device.type != "cuda":
+            return "the encoder is not on a GPU"
+        generator = torch.Generator(self.device).manual_seed(0)
+        pool = torch.cuda.graph_pool_handle()
+        try:
+            for bucket in self._encoding.buckets:
+                shape = self._batch_shape(bucket)
+                frames = torch.randint(256, shape, dtype=torch.uint8, device=self.device, generator=generator)
+                self._recorded[frames.shape] = RecordedCall(self._moments, frames, pool)
+        except Exception as error:  # of many kinds; too little memory for the recordings too
+            self._recorded.clear()
+            torch.cuda.empty_cache()
+            return _in_short(error)
+        return None
+
+    def _batch_shape(self, bucket: Bucket) -> tuple[int, ...]:
+        size = batch_size(bucket, self._encoding.batch_frames, self.device.type)
+        return size, bucket.num_frames, bucket.height_px, bucket.width_px, 3
 
     def decoder(self) -> LatentDecoder:
         """A decoder on the weights that this encoder holds, for the same thread: nothing is loaded."""
@@ -207,7 +234,7 @@ class ClipEncoder:
         compute.wait_stream(self._copy_stream)
         # The caching allocator must not hand this memory out again while the compute stream still reads it.
         frames.record_stream(compute)
-        moments = self._moments(frames)
+        moments = self._recorded.get(frames.shape, self._moments)(frames)
         host = torch.empty(moments.shape, dtype=moments.dtype, pin_memory=True)
         host.copy_(moments, non_blocking=True)
         done = torch.cuda.Event()
@@ -217,8 +244,7 @@ class ClipEncoder:
     def _staging_for(self, bucket: Bucket) -> _Staging:
         slots = self._staging.get(bucket)
         if slots is None:
-            size = batch_size(bucket, self._encoding.batch_frames, self.device.type)
-            shape = (size, bucket.num_frames, bucket.height_px, bucket.width_px, 3)
+            shape = self._batch_shape(bucket)
             slots = [
                 _Staging(torch.empty(shape, dtype=torch.uint8, pin_memory=True), torch.cuda.Event()) for _ in range(2)
             ]
@@ -259,6 +285,10 @@ class ClipEncoder:
                 yield _failure(clip, "nonfinite_latent", text)
             else:
                 yield LatentRecord.of_clip(clip, moments, self._encoding.kind)
+
+
+def _in_short(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def _failure(clip: Clip, reason: str, message: str) -> ClipFailure:

@@ -390,6 +390,13 @@ class RunConfig:
         auto_or(number("gpus-per-actor", 0, 64)),
         None,
     )
+    cuda_graphs: bool = option(
+        "on GPUs, record the kernels of an encoder call once and start them as one; they are checked to give the same "
+        "latents, and the run says where it goes without",
+        yes_no("cuda_graphs"),
+        False,
+        is_switch=True,
+    )
     max_attempts: int = option("attempts at a shard before it is left undone", whole("max-attempts", 1), 3)
     silence_timeout_s: float = option(
         "seconds after which an actor that does not answer is taken for frozen and replaced",

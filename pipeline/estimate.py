@@ -749,6 +749,8 @@ def _notes(config: JobConfig, crew: _Crew, look: Look, scale: Scale, found: Esti
         yield f"{crew.num_actors} actors are more than fit here; the others are taken to be on machines like this one"
     if config.encoding.compile:
         yield "the encoder was measured as it is, without torch.compile (--compile), which also starts later"
+    if config.run.cuda_graphs:
+        yield "the encoder was measured without CUDA graphs (--cuda-graphs)"
     if config.run.quality_share:
         yield f"decoding {config.run.quality_share:.2%} of the clips back (--quality-share) is not in the time"
     if found.embed_s is None:

@@ -938,6 +938,10 @@ class _Pool:
         slot.node = facts.node
         if facts.compile_error is not None:
             self._progress.say("actor", f"encoder {slot.index} is not compiled (--compile): {facts.compile_error}")
+        if facts.cuda_graphs_error is not None:
+            self._progress.say(
+                "actor", f"encoder {slot.index} runs without CUDA graphs (--cuda-graphs): {facts.cuda_graphs_error}"
+            )
         odd, self._odd = self._odd, []
         for other, found in odd:
             if self._wanted.differing(found):

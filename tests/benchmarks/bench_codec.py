@@ -1,7 +1,7 @@
 """How fast the codec encodes and decodes, beside what this machine can do at all; run by `make bench`, never by pytest.
 
     python tests/benchmarks/bench_codec.py [--model small] [--rounds 3] [--threads 2] [--device cuda --dtype bfloat16]
-        [--compile] [--plain-malloc] [--results FOLDER]
+        [--compile] [--cuda-graphs] [--plain-malloc] [--results FOLDER]
 
 One run measures everything in turns (matrix products, clip, image, stream, and again), so that a busy neighbour slows
 all of them, and reports medians; shares are medians of the ratios within a turn. Two counts of operations:
@@ -34,6 +34,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import cvvae
 from cvvae.layers import Attention, FrameConv, PointwiseLinear, SpaceTimeConv, to_channels_last
 from pipeline.config import CPU_ENVIRONMENT
+from pipeline.cuda_graph import RecordedCall
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -159,6 +160,11 @@ def calls(model: str, options: argparse.Namespace) -> list[Measured]:
         found.append(
             replace(found[0], name="clip, torch.compile", run=lambda: compiled(clip), repeats=max(num_repeats, 2))
         )
+    if options.cuda_graphs:
+        pool = torch.cuda.graph_pool_handle()
+        for call, x in (found[0], clip), (found[1], image):
+            recorded = RecordedCall(lambda frames: vae.encode(frames).latent_dist.mean, x, pool)
+            found.append(replace(call, name=f"{call.name}, CUDA graph", run=partial(recorded, x)))
     if options.decode:
         z = vae.encode(clip).latent_dist.mean
         executed = executed_flops(lambda: meta.decoder(torch.empty(z.shape, device="meta")))
@@ -237,6 +243,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     parser.add_argument("--decode", action="store_true", help="also decode a clip")
     parser.add_argument("--compile", action="store_true", help="also the encoder under torch.compile")
+    parser.add_argument("--cuda-graphs", action="store_true", help="also clip and image recorded (a GPU alone)")
     parser.add_argument("--plain-malloc", action="store_true", help="without the environment that encoders get")
     add_results_option(parser)
     options = parser.parse_args()

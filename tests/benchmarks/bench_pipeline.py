@@ -223,7 +223,7 @@ class Stub:
     def __init__(self, encoder: Any, clip: Any, rate: float | None) -> None:
         (self._record,) = encoder.encode([clip])
         self.device, self.facts, self.busy_s, self.cpu_s = encoder.device, encoder.facts, 0.0, 0.0
-        self.compile_error = encoder.compile_error
+        self.compile_error, self.cuda_graphs_error = encoder.compile_error, encoder.cuda_graphs_error
         self._pause_s = 0.0 if rate is None else 1 / rate
 
     def encode(self, clips: Iterable[Any]) -> Iterator[Any]:

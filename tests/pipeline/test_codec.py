@@ -185,6 +185,27 @@ def test_on_a_gpu_latents_are_near_those_of_the_cpu_and_do_not_depend_on_the_bat
         np.testing.assert_allclose(alone.mean, expected[clip.key], atol=2e-2)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("chunk_frames", [0, 8])
+def test_on_a_gpu_recorded_batches_give_the_bytes_of_those_that_are_not(chunk_frames: int) -> None:
+    image = Bucket(width_px=40, height_px=32, num_frames=1)
+    encoding = replace(_encoding("--buckets", f"{BUCKET};{image}", "--batch-frames", "1"), chunk_frames=chunk_frames)
+    device = torch.device("cuda")
+    recorded = ClipEncoder(encoding, device, cuda_graphs=True)
+    assert recorded.cuda_graphs_error is None
+    clips = [_clip(seed, (BUCKET, image)[seed % 2]) for seed in range(400)]
+    wanted = {record.key: record.mean for record in _records(ClipEncoder(encoding, device), clips)}
+    for record in _records(recorded, clips):
+        np.testing.assert_array_equal(record.mean, wanted[record.key])
+
+
+def test_an_encoder_that_is_not_on_a_gpu_says_that_it_records_nothing() -> None:
+    encoder = ClipEncoder(_encoding(), CPU, cuda_graphs=True)
+    assert encoder.cuda_graphs_error == "the encoder is not on a GPU"
+    assert len(_records(encoder, [_clip(0)])) == 1
+
+
 @pytest.fixture
 def causal_model(tmp_path: Path) -> Path:
     sizes = {"encoder_widths": [8, 8, 8], "encoder_blocks": [1, 1, 1], "motion_blocks": 1}
