@@ -89,8 +89,9 @@ _FIT_S = 5.0
 # Of the time between two looks at the actors, no more than this counts: a driver that was frozen itself, or waited for
 # the store, must not blame the actors.
 _LONGEST_LOOK_S = 5.0
-# A snapshot costs a list of every record, so that one every thousand shards would cost their number squared.
-_SNAPSHOT_EVERY = 1000
+# A snapshot costs a list of every record, so that one every hundred shards would cost their number squared. The first
+# comes soon: readers see the output grow, and what a first one takes in memory once is not taken after hours.
+_SNAPSHOT_EVERY = 100
 _SNAPSHOT_GROWTH = 0.1
 _MAX_TOLD = 20
 # Committed files that are read to see what is left to retry.
