@@ -1,7 +1,8 @@
 """How fast training reads latents: LatentDataset beside stock WebDataset and LitData, and what it costs to begin.
 
 Run as a script (`make bench` does). LitData needs another botocore than Latentmill, so it lives in a virtual
-environment of its own: --litdata-python names its interpreter; without one its column is left out.
+environment of its own (with litdata, torch, pyarrow, psutil and s3fs): --litdata-python names its interpreter; without
+one its column is left out.
 
 Every reader does the same work: batches of 8 of one shape, shuffled, float32 and scaled, with caption and key (ours
 also with its other columns and the cursor), from the same latents: those of the real clips of the tests, encoded by the
