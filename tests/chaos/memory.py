@@ -5,8 +5,8 @@
 The shards are small, --videos-per-shard short clips and stills (usual are hundreds): with fewer of them there are more
 shards in the time, and what grows with shards shows sooner.
 
-Prints a table: memory at the start and at the end, and the slopes per hour and per shard without the first minutes, in
-which caches fill. A slope is the median of those between all pairs of samples (Theil and Sen), so that single peaks do
+Prints a table: memory at the start and at the end of --minutes, and the slopes per hour and per shard in them. Counting
+begins after the 25 minutes in which caches fill; their samples are in the output too. A slope is the median of those between all pairs of samples (Theil and Sen), so that single peaks do
 not count. Memory is what a process has written and holds alone, swapped out or not. Pages of libraries are left out: of
 these the kernel counts as a process's own what no other maps at that moment (98 MB of torch's), so that an actor seems
 to grow when another process with torch ends.
@@ -30,9 +30,9 @@ from builders import CLIP_STILLS, CLIP_VIDEOS, pack_clips
 from integration.jobs_under_test import SMALL, RunningJob
 from servers import ray_folders
 
-_WARM_UP_SHARE = 1 / 6
+_WARM_UP_S = 25 * 60.0
 _MOST_SHARDS = 60_000  # Links to one file: ext4 allows 65,000.
-_SECONDS_BETWEEN = 15.0
+_SECONDS_BETWEEN = 5.0
 
 
 def slope(samples: Sequence[tuple[float, float]]) -> float:
@@ -48,8 +48,11 @@ def written_mib(pid: int) -> float:
     return (kib["Private_Dirty"] + kib["Swap"]) / 1024
 
 
-def watch(minutes: float, videos_per_shard: int) -> dict[str, list[tuple[float, int, float]]]:
-    """Runs the job for so long on such shards; process -> (seconds since the first sample, shards committed, MiB)."""
+def watch(seconds: float, videos_per_shard: int, output_json: Path | None) -> dict[str, list[tuple[float, int, float]]]:
+    """Runs the job for so long on such shards; process -> (seconds since the first sample, shards committed, MiB).
+
+    The JSON is written anew with each sample, so that a run that is cut off leaves what it saw.
+    """
     samples: dict[str, list[tuple[float, int, float]]] = {"driver": [], "actor": []}
     with tempfile.TemporaryDirectory(prefix="lm-memory-") as room, ray_folders() as env:
         tars, output = Path(room, "in"), Path(room, "latents")
@@ -61,32 +64,32 @@ def watch(minutes: float, videos_per_shard: int) -> dict[str, list[tuple[float, 
             job.wait_until(lambda: any(output.glob("commits/*/*.json")), "the first commit was there", 600)
             (actor,) = job.find("ray::EncodeActor")
             began = time.monotonic()
-            while time.monotonic() - began < 60 * minutes:
+            while time.monotonic() - began < seconds:
                 assert job.process.poll() is None, f"the job ended:\n{job.said()[-2000:]}"
                 num_shards = sum(len(os.listdir(folder)) for folder in output.glob("commits/*"))
                 for name, process in (("driver", job.process), ("actor", actor)):
                     samples[name].append((time.monotonic() - began, num_shards, written_mib(process.pid)))
+                if output_json is not None:
+                    output_json.write_text(json.dumps(samples))
                 time.sleep(_SECONDS_BETWEEN)
             assert actor.is_running(), "the actor was replaced, so its memory says nothing"
             job.process.send_signal(signal.SIGTERM)
             outcome = job.end(600)
         assert outcome.code == 130, outcome.said[-2000:]
-        print(f"{outcome.result.get('num_shards_done')} shards in {minutes:.0f} minutes", file=sys.stderr)
+        print(f"{outcome.result.get('num_shards_done')} shards in {seconds / 60:.0f} minutes", file=sys.stderr)
     return samples
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--minutes", type=float, default=120)
+    parser.add_argument("--minutes", type=float, default=120, help="after the warm-up")
     parser.add_argument("--videos-per-shard", type=int, default=64)
     parser.add_argument("--output", type=Path, default=None, help="the samples as JSON")
     flags = parser.parse_args()
-    samples = watch(flags.minutes, flags.videos_per_shard)
-    if flags.output is not None:
-        flags.output.write_text(json.dumps(samples))
+    samples = watch(_WARM_UP_S + 60 * flags.minutes, flags.videos_per_shard, flags.output)
     print("| process | MiB, caches full | MiB at the end | MiB per hour | bytes per shard |\n|---|---|---|---|---|")
     for name, values in samples.items():
-        steady = [value for value in values if value[0] >= _WARM_UP_SHARE * 60 * flags.minutes]
+        steady = [value for value in values if value[0] >= _WARM_UP_S]
         per_hour = slope([(seconds, mib) for seconds, _, mib in steady]) * 3600
         per_shard = slope([(num_shards, mib) for _, num_shards, mib in steady]) * 2**20
         print(f"| {name} | {steady[0][2]:.1f} | {steady[-1][2]:.1f} | {per_hour:+.2f} | {per_shard:+.0f} |")
