@@ -6,10 +6,10 @@ The shards are small, --videos-per-shard short clips and stills (usual are hundr
 shards in the time, and what grows with shards shows sooner.
 
 Prints a table: memory at the start and at the end of --minutes, and the slopes per hour and per shard in them. Counting
-begins after the 25 minutes in which caches fill; their samples are in the output too. A slope is the median of those between all pairs of samples (Theil and Sen), so that single peaks do
-not count. Memory is what a process has written and holds alone, swapped out or not. Pages of libraries are left out: of
-these the kernel counts as a process's own what no other maps at that moment (98 MB of torch's), so that an actor seems
-to grow when another process with torch ends.
+begins after the 25 minutes in which caches fill; their samples are in the output too. A slope is the median of those
+between all pairs of samples (Theil and Sen), so that single peaks do not count. Memory is what a process has written
+and holds alone, swapped out or not. Pages of libraries are left out: of these the kernel counts as a process's own what
+no other maps at that moment (98 MB of torch's), so that an actor seems to grow when another process with torch ends.
 """
 
 from __future__ import annotations
