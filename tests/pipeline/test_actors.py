@@ -23,6 +23,7 @@ from builders import CLIP_VIDEOS, pack_clips
 from latents import manifest_of_worker
 
 import pipeline.actors as actors
+from pipeline import memory
 from pipeline.actors import EncodeActor, _Account, _DecodeAhead, _Turns
 from pipeline.commit import open_dataset
 from pipeline.config import JobConfig, parse_arguments
@@ -168,6 +169,24 @@ def test_a_worker_with_another_decoder_or_device_refuses_to_write(config: JobCon
                 actor.process(spec, manifest_of_worker(config, actor.start(), **changes))
     finally:
         actor.stop()
+
+
+def test_an_actor_gives_memory_back_after_shards_that_failed_too(
+    config: JobConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[str] = []
+    monkeypatch.setattr(memory, "give_memory_back", lambda: given.append("all"))
+    actor = EncodeActor(config, "0", "cpu")
+    try:
+        (spec,) = plan_shards(config.source, open_store(config.run.output))
+        refused = manifest_of_worker(config, actor.start(), device_type="cuda")
+        for every_s in (600.0, 0.0, 0.0):
+            monkeypatch.setattr(memory, "_EVERY_S", every_s)
+            with pytest.raises(UsageError, match="device"):
+                actor.process(spec, refused)
+    finally:
+        actor.stop()
+    assert given == ["all", "all"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")

@@ -327,6 +327,29 @@ def test_what_a_run_holds_of_shards_that_are_done_is_tens_of_bytes_of_each() -> 
     assert ledger.unseen(spec.shard_id for spec in specs if spec.shard_id != "s7") == ["s7"]
 
 
+def test_readers_see_a_run_after_a_hundred_shards_and_then_as_it_grows_by_a_tenth(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    dispatch = _dispatch(2500, io.StringIO())
+    dispatch._pool = _pool(10, 30)
+    todo, published, trimmed = iter(dispatch._ledger.todo), [], []
+
+    def one_is_done(_: float) -> None:
+        spec = next(todo)
+        dispatch._ledger.add(spec, _report(spec), 0)
+
+    ledger = dispatch._ledger
+    monkeypatch.setattr(run, "_publish", lambda *_: published.append(ledger.num_done))
+    monkeypatch.setattr(run, "give_memory_back", lambda: trimmed.append(("published", ledger.num_done)))
+    dispatch._trimmer.trim_if_due = lambda: trimmed.append(("looked", ledger.num_done))  # type: ignore[method-assign]
+    dispatch._hand_out = lambda: None  # type: ignore[method-assign]
+    dispatch._take_back = one_is_done  # type: ignore[method-assign]
+    dispatch._work()
+    assert published == [*range(100, 1100, 100), 1112, 1236, 1374, 1527, 1697, 1886, 2096, 2329]
+    assert [number for what, number in trimmed if what == "published"] == published
+    assert [number for what, number in trimmed if what == "looked"] == list(range(1, 2501))
+
+
 def test_a_run_that_gives_up_names_the_first_shards_that_are_undone_and_counts_all() -> None:
     ledger = _dispatch(1000, io.StringIO())._ledger
     ledger.add(_spec(1), _report(_spec(1)), 0)
