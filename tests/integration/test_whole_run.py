@@ -152,10 +152,15 @@ def test_a_driver_that_is_told_to_stop_goes_on_with_the_same_bytes(
     output = tmp_path / "latents"
     flags = [*_flags(shards, output), "--num-actors", "1"]
     with RunningJob(flags, ray_home) as job:
+        job.wait_until(lambda: bool(job.find("ray::EncodeActor")), "an encoder was there")
+        (encoder,) = job.find("ray::EncodeActor")
         job.wait_until(lambda: bool(list(output.glob("commits/*/*.json"))), "the first commit was there")
-        actors = job.find("ray::EncodeActor") + job.find(DECODE_CHILD)
-        assert actors
+        # It stands still until the driver has heard: on a busy machine all shards were done before.
+        encoder.suspend()
+        actors = [encoder, *job.find(DECODE_CHILD)]
         job.process.send_signal(number)
+        job.wait_until(lambda: "interrupted: ending" in job.said(), "the driver had heard")
+        encoder.resume()
         stopped = job.end()
         assert stopped.code == 130, stopped.said
         deadline = time.monotonic() + 60
