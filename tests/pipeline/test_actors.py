@@ -180,7 +180,7 @@ def test_an_actor_gives_memory_back_after_shards_that_failed_too(
     try:
         (spec,) = plan_shards(config.source, open_store(config.run.output))
         refused = manifest_of_worker(config, actor.start(), device_type="cuda")
-        for every_s in (600.0, 0.0, 0.0):
+        for every_s in (60.0, 0.0, 0.0):
             monkeypatch.setattr(memory, "_EVERY_S", every_s)
             with pytest.raises(UsageError, match="device"):
                 actor.process(spec, refused)
