@@ -5,8 +5,10 @@ Not a fixture. Called by infra/test_slurm.py.
 
 from __future__ import annotations
 
+import contextlib
 import getpass
 import os
+import re
 import secrets
 import socket
 import subprocess
@@ -17,6 +19,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 from operations import debian_tool
 from servers import free_ports, stop
 
@@ -51,6 +54,17 @@ class Slurm:
             assert time.monotonic() < until, facts
             time.sleep(0.5)
         return facts
+
+
+def processes_of(job: str, part_of_command: str) -> list[psutil.Process]:
+    """A job's living processes, those of Ray among them, whose command line holds this text."""
+    found = []
+    for step in psutil.process_iter():
+        with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
+            # Slurm gives them this title; Debian's have a name of their own.
+            if re.match(rf"slurmstepd(-wlm)?: \[{job}\.", " ".join(step.cmdline())):
+                found += [p for p in step.children(recursive=True) if part_of_command in " ".join(p.cmdline())]
+    return found
 
 
 @contextmanager

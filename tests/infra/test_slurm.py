@@ -14,7 +14,7 @@ from builders import CLIP_VIDEOS, pack_clips
 from integration.jobs_under_test import ROOT, SMALL, commits_of
 from operations import INFRA
 from servers import BIN
-from slurm import slurm
+from slurm import processes_of, slurm
 
 from pipeline.config import parse_arguments
 
@@ -58,11 +58,22 @@ def test_a_job_is_queued_again_when_its_time_is_up_and_goes_on_with_all_nodes_th
         run.wait_until(job, lambda facts: (facts["Restarts"], facts["JobState"]) == ("1", "PENDING"), 120)
         assert '"exit_code": 130' in log.read_text(encoding="utf-8")
         assert 0 < num_done() < 60
+        before = log.stat().st_size
+
+        def said_since() -> str:
+            return log.read_bytes()[before:].decode()
+
         # Slurm lets a job wait for two minutes before it starts again.
         run("scontrol", "update", f"JobId={job}", "StartTime=now")
+        run.wait_until(job, lambda _: "shards planned" in said_since(), 120)
+        run.wait_until(job, lambda _: bool(processes_of(job, "ray::EncodeActor")), 120)
+        # The first stands still until the second node is there: on a busy machine all shards were done before.
+        first = processes_of(job, "ray::EncodeActor")[0]
+        first.suspend()
+        run.wait_until(job, lambda _: bool(re.search("on 2 nodes|the cluster has room for 2", said_since())), 120)
+        first.resume()
         over = ("PENDING", "RUNNING", "COMPLETING")
         facts = run.wait_until(job, lambda facts: facts["JobState"] not in over, 300)
-        said = log.read_text(encoding="utf-8")
+        said = said_since()
     assert (facts["JobState"], facts["ExitCode"]) == ("COMPLETED", "0:0"), said
     assert len(commits_of(str(output))) == 60
-    assert "on 2 nodes" in said or "the cluster has room for 2" in said, said
